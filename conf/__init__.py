@@ -1,0 +1,1 @@
+"""What to run: the config dataclasses (`schema`), their loader (`load`), and the shipped YAML files."""

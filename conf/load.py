@@ -1,0 +1,120 @@
+"""`a.yaml b.yaml key=value ...` -> a checked config dataclass, without importing torch.
+
+YAML files hold differences from the schema's defaults and merge left to right; `key=value` comes last.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+T = TypeVar("T")
+
+
+def parse(schema: type[T], argv: list[str]) -> T:
+    """Merge YAML files and `key=value` overrides into `schema` and check the result.
+
+    Raises ValueError with one line that names the setting, its value and the remedy.
+    """
+    config: Any = OmegaConf.structured(schema)
+    try:
+        for argument in argv:
+            config = OmegaConf.merge(config, _source(argument))
+        return OmegaConf.to_object(config)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(error)) from None
+
+
+def to_yaml(config: Any) -> str:
+    """The whole resolved config as YAML; `parse` reads it back to an equal config."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain dicts, lists and scalars: safe inside a checkpoint read with weights_only."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """The config as `section.field` -> value, the names that overrides and search spaces use."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, child in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, child)
+        else:
+            flat[prefix] = value
+
+    walk("", to_dict(config))
+    return flat
+
+
+def from_command_line(schema: type[T], usage: str, argv: list[str] | None = None) -> T:
+    """Parse the command line of an entry point: answers `--help`, `print_config=true` and errors itself."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(usage.strip(), "\n\nSettings (key=value), with their defaults:")
+        print("\n".join(_help(schema)))
+        raise SystemExit(0)
+    with user_errors():
+        config = parse(schema, argv)
+    if getattr(config, "print_config", False):
+        print(to_yaml(dataclasses.replace(config, print_config=False)), end="")  # type: ignore[type-var]
+        raise SystemExit(0)
+    return config
+
+
+class user_errors:  # noqa: N801 - reads as a statement: `with user_errors():`
+    """Turn a ValueError, our word for a user's mistake, into one line and exit status 2."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ValueError):
+            die(str(error))
+
+
+def die(message: str) -> NoReturn:
+    """Print one `error: ...` line and exit with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _source(argument: str) -> DictConfig | ListConfig:
+    if argument.startswith("-"):
+        raise ValueError(f"{argument}: options are written key=value, without dashes; see --help")
+    if "=" in argument:
+        return OmegaConf.from_dotlist([argument])
+    if not argument.endswith((".yaml", ".yml")):
+        raise ValueError(f"{argument}: neither a .yaml file nor key=value; see --help")
+    if not Path(argument).is_file():
+        raise ValueError(f"{argument}: no such config file")
+    try:
+        return OmegaConf.load(argument)
+    except YAMLError as error:
+        raise ValueError(f"{argument}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _one_line(error: OmegaConfBaseException) -> str:
+    """OmegaConf's message carries the key and the types on further lines; keep what a user needs."""
+    message = str(error).split("\n")[0].rstrip(".")
+    key = getattr(error, "full_key", None)
+    return f"{key}: {message}; see --help" if key else f"{message}; see --help"
+
+
+def _help(schema: type, prefix: str = "") -> list[str]:
+    lines = []
+    for field in dataclasses.fields(schema):
+        name = f"{prefix}{field.name}"
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
+            lines += ["", f"{name}: {(field.type.__doc__ or '').splitlines()[0]}"]
+            lines += _help(field.type, f"{name}.")
+        else:
+            lines.append(f"  {name + '=' + str(default):<44} {field.metadata.get('help', '')}")
+    return lines

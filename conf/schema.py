@@ -1,0 +1,362 @@
+"""Every setting of every command, its default and its meaning.
+
+Defaults run on a laptop. Nothing here imports torch: a config is parsed and checked in milliseconds.
+Each class checks what it can see alone; the root classes check what spans sections.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(default: Any, help: str) -> Any:
+    """A config field with its one-line meaning, which `--help` prints."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def section(cls: type) -> Any:
+    """A nested config section, built with its own defaults."""
+    return field(default_factory=cls)
+
+
+def require(condition: bool, name: str, value: object, remedy: str) -> None:
+    """Raise one line that names the setting, its value and the remedy unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{name}={value}: {remedy}")
+
+
+def require_at_least(prefix: str, config: object, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= minimum, f"{prefix}.{name}", value, f"must be at least {minimum}")
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Mamba-2 (arXiv 2405.21060), in the field's own names."""
+
+    d_model: int = option(128, "width of the residual stream")
+    n_layers: int = option(2, "number of Mamba-2 blocks")
+    d_state: int = option(64, "N, state size per head channel")
+    headdim: int = option(32, "P, channels per head; divides expand * d_model")
+    expand: int = option(2, "d_inner = expand * d_model")
+    n_groups: int = option(1, "G, groups of heads that share B and C; divides the number of heads")
+    d_conv: int = option(4, "width of the causal depthwise convolution")
+    chunk_size: int = option(64, "tokens per chunk of the scan: speed only, never results")
+    vocab_size: int = option(256, "number of token ids; at least the tokenizer's")
+    d_has_hdim: bool = option(False, "D per channel instead of per head")
+    norm_before_gate: bool = option(False, "RMSNorm before the gate instead of after it")
+    tie_embeddings: bool = option(True, "share the embedding with the output head")
+    norm_eps: float = option(1e-5, "epsilon of every RMSNorm")
+    dt_min: float = option(0.001, "smallest initial dt (log-uniform)")
+    dt_max: float = option(0.1, "largest initial dt (log-uniform)")
+    dt_init_floor: float = option(1e-4, "initial dt is never below this")
+    dt_limit: tuple[float, float] = option((0.0, math.inf), "dt is clamped to this range after softplus")
+    A_init_range: tuple[float, float] = option((1.0, 16.0), "initial -A, uniform in this range")
+    init_std: float = option(0.02, "standard deviation of the initial embedding")
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def n_heads(self) -> int:
+        return self.d_inner // self.headdim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.d_inner + 2 * self.n_groups * self.d_state
+
+    @property
+    def d_in_proj(self) -> int:
+        """Width of in_proj's output: z, x, B, C, dt."""
+        return self.d_inner + self.conv_dim + self.n_heads
+
+    def __post_init__(self) -> None:
+        require_at_least("model", self, 1, "d_model", "n_layers", "d_state", "headdim", "expand", "n_groups")
+        require(2 <= self.d_conv <= 8, "model.d_conv", self.d_conv, "must be from 2 to 8 (Mamba-2 uses 4)")
+        require_at_least("model", self, 2, "vocab_size")
+        require(
+            self.d_inner % self.headdim == 0,
+            "model.headdim",
+            self.headdim,
+            f"must divide expand * d_model = {self.d_inner}",
+        )
+        require(
+            self.n_heads % self.n_groups == 0,
+            "model.n_groups",
+            self.n_groups,
+            f"must divide the number of heads, {self.n_heads}",
+        )
+        require(
+            is_power_of_two(self.chunk_size) and self.chunk_size >= 16,
+            "model.chunk_size",
+            self.chunk_size,
+            "must be a power of two of at least 16, e.g. 64",
+        )
+        require(0 < self.dt_min <= self.dt_max, "model.dt_min", self.dt_min, "needs 0 < dt_min <= dt_max")
+        low, high = self.dt_limit
+        require(0 <= low < high, "model.dt_limit", self.dt_limit, "needs 0 <= low < high, e.g. [0.0, .inf]")
+        low, high = self.A_init_range
+        require(0 < low <= high, "model.A_init_range", self.A_init_range, "needs 0 < low <= high, e.g. [1, 16]")
+        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "must be positive, e.g. 1e-5")
+
+
+@dataclass(kw_only=True)
+class PasskeyConfig:
+    """The passkey task of arXiv 2410.07145, appendix B.1."""
+
+    digits: int = option(5, "digits of the key")
+    opening: bool = option(False, "begin with the paper's opening sentence (longer shortest prompt)")
+    filler_weight: float = option(0.1, "loss weight of every token outside the answer (the answer has 1)")
+
+
+@dataclass(kw_only=True)
+class DocumentsConfig:
+    """Long documents, through Hugging Face datasets."""
+
+    source: str | None = option(
+        None, "file, folder or glob (.txt .py .md .jsonl .parquet) or a hub name; none: Python's own sources"
+    )
+    split: str = option("train", "split of a hub dataset")
+    text_field: str = option("text", "field that holds the text in jsonl, parquet and hub datasets")
+    min_tokens: int = option(1, "documents shorter than this are dropped")
+    layout: Literal["packed", "consecutive"] = option(
+        "packed", "packed: document starts reset the state; consecutive: each row continues in the next batch"
+    )
+    val_fraction: float = option(0.05, "share of the documents held out for validation")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What the model reads."""
+
+    name: Literal["passkey", "documents"] = option("passkey", "the task")
+    tokenizer: str = option("bytes", "bytes, or a Hugging Face tokenizer folder or name")
+    train_length: int = option(256, "tokens per training sequence")
+    batch_size: int = option(32, "sequences per optimizer step, over all ranks and accumulation steps")
+    curriculum_length: int | None = option(None, "train at this shorter length first, at equal tokens a step")
+    curriculum_steps: int = option(0, "optimizer steps at curriculum_length")
+    val_sequences: int = option(128, "sequences per validation")
+    num_workers: int = option(0, "data loader processes")
+    passkey: PasskeyConfig = section(PasskeyConfig)
+    documents: DocumentsConfig = section(DocumentsConfig)
+
+    def __post_init__(self) -> None:
+        require_at_least("data", self, 1, "train_length", "batch_size", "val_sequences")
+        require_at_least("data", self, 0, "curriculum_steps", "num_workers")
+        require_at_least("data.passkey", self.passkey, 1, "digits")
+        require_at_least("data.passkey", self.passkey, 0, "filler_weight")
+        require_at_least("data.documents", self.documents, 1, "min_tokens")
+        require(
+            0 < self.documents.val_fraction < 1,
+            "data.documents.val_fraction",
+            self.documents.val_fraction,
+            "must lie between 0 and 1, e.g. 0.05",
+        )
+        if self.curriculum_length is None:
+            require(
+                self.curriculum_steps == 0,
+                "data.curriculum_steps",
+                self.curriculum_steps,
+                "set data.curriculum_length too, or leave it 0",
+            )
+        else:
+            require(
+                1 <= self.curriculum_length <= self.train_length and self.train_length % self.curriculum_length == 0,
+                "data.curriculum_length",
+                self.curriculum_length,
+                f"must divide data.train_length={self.train_length}, so that tokens a step stay equal",
+            )
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW with a warmup-stable-decay schedule."""
+
+    lr: float = option(2e-3, "peak learning rate")
+    betas: tuple[float, float] = option((0.9, 0.95), "AdamW betas")
+    eps: float = option(1e-8, "AdamW epsilon")
+    weight_decay: float = option(0.1, "of matrices; A_log, D, dt_bias, norms and biases have none")
+    warmup_steps: int = option(50, "linear warmup")
+    decay_fraction: float = option(0.1, "last share of max_steps over which lr falls linearly")
+    min_lr_ratio: float = option(0.0, "lr at the last step over the peak lr")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 switches clipping off")
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0 and math.isfinite(self.lr), "optim.lr", self.lr, "must be positive, e.g. 2e-3")
+        require_at_least("optim", self, 0, "weight_decay", "warmup_steps", "grad_clip")
+        for name in ("decay_fraction", "min_lr_ratio"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"optim.{name}", value, "must lie in [0, 1]")
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """How a run is carried out."""
+
+    max_steps: int = option(1000, "optimizer steps")
+    accumulate: int = option(1, "micro-batches per optimizer step; divides data.batch_size")
+    accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "device type")
+    devices: int = option(1, "devices per node")
+    num_nodes: int = option(1, "nodes")
+    strategy: Literal["auto", "ddp"] = option("auto", "auto: ddp as soon as there are several devices")
+    precision: Literal["32-true", "bf16-mixed"] = option("32-true", "bf16-mixed keeps states and decays in fp32")
+    threads: int | None = option(None, "CPU threads of this process; none: all cores")
+    log_every: int = option(10, "optimizer steps between logged points")
+    val_every: int = option(100, "optimizer steps between validations")
+    checkpoint_every: int = option(100, "optimizer steps between checkpoints")
+    keep_last: int = option(2, "checkpoints kept")
+    progress_bar: bool = option(True, "a progress bar with tokens/s when the output is a terminal")
+
+    def __post_init__(self) -> None:
+        names = ("max_steps", "accumulate", "devices", "num_nodes", "log_every", "val_every", "checkpoint_every")
+        require_at_least("trainer", self, 1, *names, "keep_last")
+        if self.threads is not None:
+            require_at_least("trainer", self, 1, "threads")
+
+
+@dataclass(kw_only=True)
+class MitigationConfig:
+    """One training-free change of the recurrence (see kernels/ssd/mitigation.py)."""
+
+    name: Literal["none", "forget_more", "delta_scale", "decay_scale"] = option("none", "which mitigation")
+    alpha_scale: float = option(1.0, "forget_more: multiplies the retention exp(dt * A); in (0, 1]")
+    insert_scale: float = option(1.0, "forget_more: multiplies the insertion dt * B x; in (0, 1]")
+    delta_scale: float = option(1.0, "delta_scale: multiplies dt after softplus and limits; positive")
+    decay_scale: float = option(1.0, "decay_scale: multiplies A; positive")
+
+    def __post_init__(self) -> None:
+        owners = {
+            "alpha_scale": "forget_more",
+            "insert_scale": "forget_more",
+            "delta_scale": "delta_scale",
+            "decay_scale": "decay_scale",
+        }
+        for setting, owner in owners.items():
+            value = getattr(self, setting)
+            name = f"mitigation.{setting}"
+            if owner == "forget_more":
+                require(0 < value <= 1, name, value, "must lie in (0, 1]")
+            else:
+                require(value > 0 and math.isfinite(value), name, value, "must be positive and finite")
+            require(
+                value == 1.0 or self.name == owner,
+                name,
+                value,
+                f"belongs to {owner}; set mitigation.name={owner} or leave it 1.0",
+            )
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """Where MLflow records the run."""
+
+    enabled: bool = option(True, "record to MLflow")
+    uri: str = option("sqlite:///runs/mlflow.db", "SQLite file (local disk only) or an MLflow server URL")
+    experiment: str = option("longstate", "MLflow experiment")
+    parent_run_id: str | None = option(None, "MLflow run of the study this run belongs to")
+    tags: dict[str, str] = option({}, "further tags of the MLflow run")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    run_dir: str | None = option(None, "where the run lives; none: runs/<config name>-<hash of the config>")
+    seed: int = option(0, "seed of initialisation and data")
+    print_config: bool = option(False, "print the resolved config and stop")
+    model: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
+    optim: OptimConfig = section(OptimConfig)
+    trainer: TrainerConfig = section(TrainerConfig)
+    mitigation: MitigationConfig = section(MitigationConfig)
+    tracking: TrackingConfig = section(TrackingConfig)
+
+    def __post_init__(self) -> None:
+        require_at_least("config", self, 0, "seed")
+        ranks = self.trainer.devices * self.trainer.num_nodes
+        shares = ranks * self.trainer.accumulate
+        require(
+            self.data.batch_size % shares == 0,
+            "data.batch_size",
+            self.data.batch_size,
+            f"must be a multiple of devices * num_nodes * accumulate = {shares}",
+        )
+        require(
+            self.data.tokenizer != "bytes" or self.model.vocab_size >= 256,
+            "model.vocab_size",
+            self.model.vocab_size,
+            "the bytes tokenizer needs at least 256",
+        )
+        require(
+            self.data.curriculum_steps < self.trainer.max_steps,
+            "data.curriculum_steps",
+            self.data.curriculum_steps,
+            f"must be below trainer.max_steps={self.trainer.max_steps}",
+        )
+
+
+@dataclass(kw_only=True)
+class PasskeyEvalConfig:
+    """Passkey accuracy by length and depth, and with recent needles only."""
+
+    lengths: list[int] = option([], "prompt lengths in tokens; empty: 1x, 2x, 4x, ... 64x the training length")
+    prompts: int = option(64, "prompts per length with the needle within the last training length (recent)")
+    depths: int = option(10, "needle depths per length; 0 skips recall over all depths")
+    prompts_per_depth: int = option(8, "prompts per depth")
+    max_depth_length: int | None = option(None, "longest length for recall over all depths; none: 16x")
+    recent_window: int | None = option(None, "recent needles lie within this many last tokens; none: train_length")
+
+    def __post_init__(self) -> None:
+        for length in self.lengths:
+            require(length >= 1, "passkey.lengths", self.lengths, "every length must be at least 1")
+        require_at_least("passkey", self, 1, "prompts", "prompts_per_depth")
+        require_at_least("passkey", self, 0, "depths")
+
+
+@dataclass(kw_only=True)
+class LossEvalConfig:
+    """Loss by position on long prompts."""
+
+    length: int | None = option(None, "tokens per prompt; none: 64x the training length")
+    prompts: int = option(4, "prompts averaged")
+    bucket: int | None = option(None, "tokens per averaged bucket; none: train_length / 4")
+
+    def __post_init__(self) -> None:
+        require_at_least("loss", self, 1, "prompts")
+        for name in ("length", "bucket"):
+            if getattr(self, name) is not None:
+                require_at_least("loss", self, 1, name)
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """One evaluation of one checkpoint."""
+
+    checkpoint: str = option("", "run directory or checkpoint file")
+    run_dir: str | None = option(None, "where results go; none: a new directory under runs/")
+    seed: int = option(1, "seed of the prompts")
+    print_config: bool = option(False, "print the resolved config and stop")
+    suites: list[str] = option(["passkey", "loss"], "what to measure: passkey, loss")
+    segment: int = option(4096, "tokens per segment; memory grows with it, not with the length")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "device")
+    threads: int | None = option(None, "CPU threads; none: all cores")
+    passkey: PasskeyEvalConfig = section(PasskeyEvalConfig)
+    loss: LossEvalConfig = section(LossEvalConfig)
+    mitigation: MitigationConfig = section(MitigationConfig)
+    tracking: TrackingConfig = section(TrackingConfig)
+
+    def __post_init__(self) -> None:
+        require(bool(self.checkpoint), "checkpoint", "", "give a run directory or a .ckpt: checkpoint=PATH")
+        require_at_least("config", self, 0, "seed")
+        require_at_least("config", self, 1, "segment")
+        for suite in self.suites:
+            require(suite in ("passkey", "loss"), "suites", self.suites, "choose from [passkey, loss]")

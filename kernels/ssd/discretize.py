@@ -1,0 +1,41 @@
+"""dt -> (log decay, insertion weight): the pointwise part of the scan, shared by every backend."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.ssd.mitigation import Mitigation
+
+
+def discretize(
+    dt: Tensor,
+    A: Tensor,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float] | None,
+    mitigation: Mitigation,
+) -> tuple[Tensor, Tensor]:
+    """Return log_decay and insert, both (B, T, H), in the dtype of A (fp32, or fp64 in the oracle).
+
+    log_decay = log(alpha_scale) + dt' * decay_scale * A and insert = insert_scale * dt', with dt' as in
+    `kernels.ssd.mitigation`. A retention near 1 is a log decay near 0: nothing is lost to rounding.
+    """
+    dt = dt.to(A.dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(A.dtype)
+    if dt_softplus:
+        dt = F.softplus(dt, threshold=50.0)  # PyTorch's default cuts over at 20, where fp64 still sees log1p
+    if dt_limit is not None and tuple(dt_limit) != (0.0, float("inf")):
+        dt = dt.clamp(*dt_limit)
+    m = mitigation
+    dt = _times(dt, m.delta_scale)
+    log_decay = dt * _times(A, m.decay_scale)
+    if isinstance(m.alpha_scale, Tensor) or m.alpha_scale != 1.0:
+        log_decay = log_decay + torch.as_tensor(m.alpha_scale, dtype=A.dtype, device=A.device).log()
+    return log_decay, _times(dt, m.insert_scale)
+
+
+def _times(value: Tensor, factor: float | Tensor) -> Tensor:
+    if isinstance(factor, Tensor):
+        return value * factor.to(value)
+    return value if factor == 1.0 else value * factor

@@ -1,0 +1,1 @@
+"""The model and one run of it. Entry points: train, evaluate."""

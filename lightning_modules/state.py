@@ -1,0 +1,67 @@
+"""The recurrent state: what one function that consumes tokens hands to the next."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from conf.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """conv: the last inputs of the convolution, (B, channels, d_conv - 1). ssm: (B, H, P, N) fp32."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """State of every layer, tokens seen by each row since its document began, and the mitigation in force."""
+
+    layers: tuple[LayerState, ...]
+    position: Tensor  # (B,) int64
+    mitigation: str = "none"
+
+    @classmethod
+    def zeros(
+        cls, config: ModelConfig, batch: int, device: torch.device | str, dtype: torch.dtype, mitigation: str
+    ) -> "ModelState":
+        """The state before the first token."""
+        conv_shape = (batch, config.conv_dim, config.d_conv - 1)
+        ssm_shape = (batch, config.n_heads, config.headdim, config.d_state)
+        layers = tuple(
+            LayerState(
+                conv=torch.zeros(conv_shape, device=device, dtype=dtype),
+                ssm=torch.zeros(ssm_shape, device=device, dtype=torch.float32),
+            )
+            for _ in range(config.n_layers)
+        )
+        return cls(layers, torch.zeros(batch, dtype=torch.int64, device=device), mitigation)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.position)
+
+    def require(self, mitigation: str, batch: int) -> None:
+        """Refuse to continue under another mitigation or with another number of rows."""
+        if self.mitigation != mitigation:
+            raise ValueError(
+                f"state belongs to mitigation {self.mitigation!r}, the call uses {mitigation!r}: start from a new state"
+            )
+        if self.batch_size != batch:
+            raise ValueError(f"state has {self.batch_size} rows, the batch {batch}: they must agree")
+
+    def detach(self) -> "ModelState":
+        """The same values, cut from the graph that computed them."""
+        return self._map(Tensor.detach)
+
+    def rows(self, index: Tensor) -> "ModelState":
+        """Select or repeat rows; `index` (n,) int64."""
+        return self._map(lambda t: t.index_select(0, index))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "ModelState":
+        layers = tuple(LayerState(conv=function(s.conv), ssm=function(s.ssm)) for s in self.layers)
+        return replace(self, layers=layers, position=function(self.position))

@@ -1,0 +1,1 @@
+"""Many runs: spaces, workers, reports."""
