@@ -1,10 +1,17 @@
-"""Gated RMSNorm in fp32 with its own backward, which recomputes everything but the inputs."""
+"""Gated RMSNorm in fp32 with its own backward, which recomputes everything but the inputs.
 
+In blocks of tokens that stay in the cache, so that its many cheap passes do not go to memory.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Elements of one block: 1 MiB in fp32, measured best of 2^15 to 2^22.
+BLOCK_ELEMENTS = 2**18
 
 
 def gated_rms_norm(
@@ -32,32 +39,46 @@ class _GatedRMSNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: int, norm_before_gate: bool
     ) -> Tensor:
         ctx.save_for_backward(x, z, weight)
-        ctx.eps, ctx.n_groups, ctx.norm_before_gate = eps, n_groups, norm_before_gate
-        gate = F.silu(z.float())
-        if norm_before_gate:
-            normal, _ = _normalise(x.float(), eps, n_groups)
-            return normal.mul_(weight).mul_(gate).to(x.dtype)
-        normal, _ = _normalise(gate.mul_(x), eps, n_groups)
-        return normal.mul_(weight).to(x.dtype)
+        ctx.options = (eps, n_groups, norm_before_gate)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x_block, z_block, y_block in _blocks(x, z, y):
+            gate = F.silu(z_block.float())
+            if norm_before_gate:
+                normal, _ = _normalise(x_block.float(), eps, n_groups)
+                y_block.copy_(normal.mul_(weight).mul_(gate))
+            else:
+                normal, _ = _normalise(gate.mul_(x_block), eps, n_groups)
+                y_block.copy_(normal.mul_(weight))
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight = ctx.saved_tensors
-        gate, dy, x32, z32 = F.silu(z.float()), dy.float(), x.float(), z.float()
-        if ctx.norm_before_gate:
-            normal, inverse = _normalise(x32, ctx.eps, ctx.n_groups)
-            dscaled = dy * gate
-            dgate = dy * normal * weight
-            dx = _normalise_backward(dscaled * weight, normal, inverse)
-        else:
-            normal, inverse = _normalise(x32 * gate, ctx.eps, ctx.n_groups)
-            dscaled = dy
-            dgated = _normalise_backward(dy * weight, normal, inverse)
-            dgate = dgated * x32
-            dx = dgated.mul_(gate)
-        dweight = (dscaled * normal).flatten(0, -2).sum(0)
-        dz = torch.ops.aten.silu_backward(dgate, z32)
-        return dx.to(x.dtype), dz.to(z.dtype), dweight.to(weight.dtype), None, None, None
+        eps, n_groups, norm_before_gate = ctx.options
+        dx, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, z))
+        dweight = torch.zeros_like(weight, dtype=torch.float32)
+        for x_block, z_block, d, dx_block, dz_block in _blocks(x, z, dy, dx, dz):
+            x32, z32, d = x_block.float(), z_block.float(), d.float()
+            gate = F.silu(z32)
+            if norm_before_gate:
+                normal, inverse = _normalise(x32, eps, n_groups)
+                dgate = d * normal * weight
+                d = d * gate
+                dx_block.copy_(_normalise_backward(d * weight, normal, inverse))
+            else:
+                normal, inverse = _normalise(x32 * gate, eps, n_groups)
+                dgated = _normalise_backward(d * weight, normal, inverse)
+                dgate = dgated * x32
+                dx_block.copy_(dgated.mul_(gate))
+            dweight += (d * normal).sum(0)
+            dz_block.copy_(torch.ops.aten.silu_backward(dgate, z32))
+        return dx, dz, dweight.to(weight.dtype), None, None, None
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same tokens of every tensor, (tokens, C), small enough to stay in the cache."""
+    flat = [t.flatten(0, -2) for t in tensors]
+    return zip(*(t.split(max(1, BLOCK_ELEMENTS // t.shape[1])) for t in flat), strict=True)
 
 
 def _normalise(u: Tensor, eps: float, n_groups: int) -> tuple[Tensor, Tensor]:

@@ -118,14 +118,14 @@ class _Block:
         self.pad = -self.length % chunk  # padded tokens neither decay nor insert
         self.groups = B.shape[2]
         self.heads = x.shape[2] // self.groups
-        self.D = None if D is None else D.float().view(self.groups, self.heads, -1)
-        self.x = self._chunks(x[:, span]).float()  # b c g q k p
+        self.D = None if D is None else D.to(x.dtype).view(self.groups, self.heads, -1)
+        self.x = self._chunks(x[:, span])  # b c g q k p
         self.insert = self._chunks(insert[:, span, :, None])  # b c g q k 1
         self.B = self._chunks(B[:, span]).squeeze(4)  # b c g q n
         self.C = self._chunks(C[:, span]).squeeze(4)
         starts = None if document_starts is None else self._chunks(document_starts[:, span, None, None])
         self._decays(self._chunks(log_decay[:, span, :, None])[..., 0].transpose(3, 4).contiguous(), starts)
-        self.xo = (self.x * (self.insert * self.to_end)).to(self.dtype)  # b c g q k p
+        self.xo = self.x * (self.insert * self.to_end).to(x.dtype)  # b c g q k p
 
     def _chunks(self, t: Tensor) -> Tensor:
         """(B, t, G K, d) -> b c g q k d, with K = 1 for tensors that heads share."""
@@ -165,12 +165,14 @@ class _Block:
 
     def _mixer(self) -> tuple[Tensor, Tensor]:
         """What token q takes of what token r inserts: b c g k q r; and the scores C B^T, b c g 1 q r."""
-        scores = (self.C @ self.B.transpose(3, 4))[:, :, :, None]
+        scores = (self.C @ self.B.transpose(3, 4)).float()[:, :, :, None]
         return (scores * self.within).to(self.dtype), scores
 
     def _inserted_per_head(self) -> Tensor:
         """insert * x, b c g k q p, contiguous."""
-        return _scaled(self.x.transpose(3, 4), self.insert.transpose(3, 4), self.dtype)
+        x, insert = self.x.transpose(3, 4), self.insert.to(self.dtype).transpose(3, 4)
+        # a plain product of permuted tensors would keep their order in memory
+        return torch.mul(x, insert, out=x.new_empty(x.shape))
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return y (B, t, H, P), the state after the block, the states that enter each chunk
@@ -180,35 +182,36 @@ class _Block:
         entering = states.flatten(3, 4).to(self.dtype)
         far = (self.C @ entering.transpose(3, 4)).unflatten(4, (self.heads, -1))
         near = self._mixer()[0] @ self._inserted_per_head()
-        y = torch.addcmul(near.transpose(3, 4), far, self.from_start)
+        y = torch.addcmul(near.transpose(3, 4), far, self.from_start.to(self.dtype))
         if self.D is not None:
             y = y.addcmul_(self.x, self.D[:, None])
         return self._tokens(y), state, entering, far
 
     def backward(self, dy: Tensor, dstate: Tensor, entering: Tensor, far: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, log_decay, insert, B, C, D and the block's entering state."""
-        dy = self._chunks(dy).float()  # b c g q k p
+        dy = self._chunks(dy)  # b c g q k p
 
         # Through the states that enter each chunk.
-        dfar = (dy * self.from_start).to(self.dtype)
+        dfar = dy * self.from_start.to(self.dtype)
         dentering = dfar.flatten(4).transpose(3, 4) @ self.C
         backwards = range(dentering.shape[1])[::-1]
         dleaving, dstate = _recur(dstate, dentering.unflatten(3, (self.heads, -1)), self.gain, backwards)
-        dgain = (dleaving * entering.unflatten(3, (self.heads, -1))).sum((4, 5)) * (self.gain[..., 0, 0] + 1)
+        dgain = (dleaving * entering.view_as(dleaving)).sum((4, 5)) * (self.gain[..., 0, 0] + 1)
         dadded = dleaving.flatten(3, 4).to(self.dtype)
         dC = dfar.flatten(4) @ entering
         dxo = (self.B @ dadded.transpose(3, 4)).unflatten(4, (self.heads, -1))
         dB = self.xo.flatten(4) @ dadded
-        ending = (dxo * self.xo).sum(-1, dtype=torch.float32)
-        dsums = (dfar * far).sum(-1, dtype=torch.float32).sub_(ending)  # b c g q k
+        scratch = torch.empty_like(dy)
+        ending = torch.mul(dxo, self.xo, out=scratch).sum(-1, dtype=torch.float32)
+        dsums = torch.mul(dfar, far, out=scratch).sum(-1, dtype=torch.float32).sub_(ending)  # b c g q k
         dsums[:, :, :, -1] += ending.sum(3) + dgain
 
         # Inside the chunks.
         mixer, scores = self._mixer()
-        dy_heads = dy.transpose(3, 4).to(self.dtype, memory_format=torch.contiguous_format).contiguous()
+        dy_heads = dy.transpose(3, 4).contiguous()
         dxw = (mixer.transpose(4, 5) @ dy_heads).transpose(3, 4)
-        dxw = torch.addcmul(dxw, dxo, self.to_end)  # b c g q k p
-        dmixer = (dy_heads @ self._inserted_per_head().transpose(4, 5)) * self.within
+        dxw = torch.addcmul(dxw, dxo, self.to_end.to(self.dtype))  # b c g q k p
+        dmixer = (dy_heads @ self._inserted_per_head().transpose(4, 5)).float().mul_(self.within)
         dscores = dmixer.sum(3).to(self.dtype)
         dmixer = dmixer.mul_(scores)
         # row and column sums agree exactly on the diagonal, so fast decays leave no noise
@@ -217,22 +220,16 @@ class _Block:
         dB += dscores.transpose(3, 4) @ self.C
 
         dlog_decay = dsums.flip(3).cumsum(3).flip(3)[..., None]
-        dinsert = (dxw * self.x).sum(-1, keepdim=True)
-        dx = dxw * self.insert
+        dinsert = torch.mul(dxw, self.x, out=scratch).sum(-1, keepdim=True, dtype=torch.float32)
+        dx = dxw.mul_(self.insert.to(self.dtype))
         dD = None
         if self.D is not None:
             dx = dx.addcmul_(dy, self.D[:, None])
-            dD = (dy * self.x).sum((0, 1, 3)).flatten(0, 1)
+            dD = torch.mul(dy, self.x, out=scratch).sum((0, 1, 3), dtype=torch.float32).flatten(0, 1)
             dD = dD if self.D.shape[2] > 1 or dD.shape[1] == 1 else dD.sum(-1)
         grads = (dx, dlog_decay, dinsert, dB[:, :, :, :, None], dC[:, :, :, :, None])
         dx, dlog_decay, dinsert, dB, dC = (self._tokens(t) for t in grads)
         return dx, dlog_decay[..., 0], dinsert[..., 0], dB, dC, dD, dstate
-
-
-def _scaled(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """t * factor as a contiguous tensor: the product of permuted tensors would keep their order in memory."""
-    product = t.new_empty(t.shape)
-    return torch.mul(t, factor, out=product).to(dtype)
 
 
 def _recur(state: Tensor, added: Tensor, gain: Tensor, chunks: range) -> tuple[Tensor, Tensor]:

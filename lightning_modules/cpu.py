@@ -1,0 +1,20 @@
+"""Settings of this process that make the CPU path fast."""
+
+import ctypes
+import platform
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc refuses more
+
+
+def keep_freed_memory() -> None:
+    """Let glibc hand freed activations out again instead of returning them to the kernel.
+
+    Without this every tensor of a few MiB is mapped, faulted in page by page and unmapped again: a tenth of a
+    training step on the CPU. Does nothing on other C libraries. Memory in use does not grow; memory kept by
+    the process stays at its peak.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
