@@ -172,20 +172,6 @@ class PasskeyTask:
             carries_digit=[self._carries_digit(key) for key in encoded],
         )
 
-    def filler_text(self, length: int, phases: Ints) -> Layout:
-        """Filler alone, from n offsets in its period: text that a trained model predicts almost surely."""
-        n, nothing = len(phases), np.empty(0, np.int64)
-        return Layout(
-            length=length,
-            opening=self.opening,
-            filler=self.filler,
-            phase=phases,
-            needle_start=np.full(n, length),
-            needles=[nothing] * n,
-            tails=[nothing] * n,
-            carries_digit=[nothing.astype(bool)] * n,
-        )
-
     def sample(self, length: int, indices: Sequence[int] | Ints, seed: Sequence[int]) -> Batch:
         """Training batch whose row i is a pure function of (seed, indices[i], length).
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of the largest temporary, the (b, c, g, k, q, r) decay matrices: 8 MiB in fp32 stays near the cache.
-BLOCK_ELEMENTS = 2**21
+# Elements of the largest temporary, the (b, c, g, k, q, r) decay matrices: 2 MiB in fp32 stays near the cache.
+BLOCK_ELEMENTS = 2**19
 LOG2_E = 1.4426950408889634
 # Retentions below 2^-100 count as 2^-100: no result can show it, and denormal numbers are ten times slower.
 SMALLEST_BITS = -100.0
@@ -177,9 +177,7 @@ class _Block:
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return y (B, t, H, P), the state after the block, the states that enter each chunk
         (b c g (k p) n), and what each token reads of them before decay (b c g q k p)."""
-        added = self.xo.flatten(4).transpose(3, 4) @ self.B
-        states, state = _recur(state, added.unflatten(3, (self.heads, -1)), self.gain, range(added.shape[1]))
-        entering = states.flatten(3, 4).to(self.dtype)
+        entering, state = self._enter(state, self.xo.flatten(4).transpose(3, 4) @ self.B)
         far = (self.C @ entering.transpose(3, 4)).unflatten(4, (self.heads, -1))
         near = self._mixer()[0] @ self._inserted_per_head()
         y = torch.addcmul(near.transpose(3, 4), far, self.from_start.to(self.dtype))
@@ -187,17 +185,42 @@ class _Block:
             y = y.addcmul_(self.x, self.D[:, None])
         return self._tokens(y), state, entering, far
 
+    def _enter(self, state: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """Run state <- state + gain state + added over the chunks, the running state in fp32.
+
+        Args:
+            state: (B, H, P, N) fp32. added: b c g (k p) n.
+
+        Returns:
+            The states that enter each chunk, as `added`, and the state after the last (B, H, P, N).
+        """
+        entering = torch.empty_like(added)
+        per_head = [t.unflatten(3, (self.heads, -1)) for t in (added, entering)]
+        running = state.unflatten(1, (self.groups, self.heads)).clone()
+        for c in range(added.shape[1]):
+            per_head[1][:, c] = running
+            running.addcmul_(running, self.gain[:, c]).add_(per_head[0][:, c])
+        return entering, running.flatten(1, 2)
+
+    def _leave(self, dstate: Tensor, dentering: Tensor, entering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same recurrence backwards: gradients of `added`, of the chunks' log decays (b c g k), of `state`."""
+        dadded = torch.empty_like(dentering)
+        per_head = [t.unflatten(3, (self.heads, -1)) for t in (dentering, entering, dadded)]
+        running = dstate.unflatten(1, (self.groups, self.heads)).clone()
+        dgain = torch.empty_like(self.gain[..., 0, 0])
+        for c in reversed(range(dentering.shape[1])):
+            per_head[2][:, c] = running
+            dgain[:, c] = (running * per_head[1][:, c]).sum((3, 4))
+            running.addcmul_(running, self.gain[:, c]).add_(per_head[0][:, c])
+        return dadded, dgain * (self.gain[..., 0, 0] + 1), running.flatten(1, 2)
+
     def backward(self, dy: Tensor, dstate: Tensor, entering: Tensor, far: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, log_decay, insert, B, C, D and the block's entering state."""
         dy = self._chunks(dy)  # b c g q k p
 
         # Through the states that enter each chunk.
         dfar = dy * self.from_start.to(self.dtype)
-        dentering = dfar.flatten(4).transpose(3, 4) @ self.C
-        backwards = range(dentering.shape[1])[::-1]
-        dleaving, dstate = _recur(dstate, dentering.unflatten(3, (self.heads, -1)), self.gain, backwards)
-        dgain = (dleaving * entering.view_as(dleaving)).sum((4, 5)) * (self.gain[..., 0, 0] + 1)
-        dadded = dleaving.flatten(3, 4).to(self.dtype)
+        dadded, dgain, dstate = self._leave(dstate, dfar.flatten(4).transpose(3, 4) @ self.C, entering)
         dC = dfar.flatten(4) @ entering
         dxo = (self.B @ dadded.transpose(3, 4)).unflatten(4, (self.heads, -1))
         dB = self.xo.flatten(4) @ dadded
@@ -230,23 +253,3 @@ class _Block:
         grads = (dx, dlog_decay, dinsert, dB[:, :, :, :, None], dC[:, :, :, :, None])
         dx, dlog_decay, dinsert, dB, dC = (self._tokens(t) for t in grads)
         return dx, dlog_decay[..., 0], dinsert[..., 0], dB, dC, dD, dstate
-
-
-def _recur(state: Tensor, added: Tensor, gain: Tensor, chunks: range) -> tuple[Tensor, Tensor]:
-    """Run state <- state + gain_c state + added_c over `chunks`, in fp32.
-
-    Args:
-        state: (B, H, P, N). added: b c g k p n. gain: b c g k 1 1.
-
-    Returns:
-        The state before each chunk (b c g k p n) and the state after the last one (B, H, P, N).
-    """
-    added = added.float()
-    before = torch.empty_like(added)
-    before[:, chunks[0]] = state.view_as(added[:, 0])
-    for c, following in zip(chunks, chunks[1:], strict=False):
-        torch.add(before[:, c], added[:, c], out=before[:, following])
-        before[:, following].addcmul_(before[:, c], gain[:, c])
-    last = chunks[-1]
-    after = torch.addcmul(before[:, last] + added[:, last], before[:, last], gain[:, last])
-    return before, after.flatten(1, 2)

@@ -1,0 +1,159 @@
+"""Which samples each micro-batch holds, and loaders that hand them out from any step on."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+Batch = dict[str, torch.Tensor]
+TRAINING, VALIDATION = 0, 1  # second number of a seed: streams of samples that share nothing
+
+
+class Source(Protocol):
+    """Endless samples: row i is a pure function of (length, indices[i], seed)."""
+
+    def sample(self, length: int, indices: Sequence[int], seed: Sequence[int]) -> Batch: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatches(Dataset[Batch]):
+    """The micro-batches of one rank: item k is micro-batch k % accumulate of optimizer step k // accumulate.
+
+    Step s consumes samples [s * batch_size, (s + 1) * batch_size) of `length` tokens. During the first
+    `curriculum_steps` it consumes as many tokens in shorter samples. Ranks and micro-batches take contiguous
+    parts of a step's samples, so neither their number nor that of workers changes what a step consumes.
+    """
+
+    source: Source
+    seed: int
+    length: int
+    batch_size: int
+    max_steps: int
+    accumulate: int
+    curriculum_length: int | None
+    curriculum_steps: int
+    rank: int
+    world_size: int
+
+    def __len__(self) -> int:
+        return self.max_steps * self.accumulate
+
+    def __getitem__(self, k: int) -> Batch:
+        step, part = divmod(k, self.accumulate)
+        length, stage_start = self.length, self.curriculum_steps
+        if self.curriculum_length is not None and step < self.curriculum_steps:
+            length, stage_start = self.curriculum_length, 0
+        rows = self.batch_size * self.length // length
+        size = rows // (self.accumulate * self.world_size)
+        first = step * rows + (part * self.world_size + self.rank) * size
+        batch = self.source.sample(length, range(first, first + size), (self.seed, TRAINING, length))
+        if "document_starts" in batch and step == stage_start:
+            batch["document_starts"][:, 0] = (
+                True  # rows of another length came before: nothing continues them
+            )
+        return batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationBatches(Dataset[Batch]):
+    """The validation batches of one rank: `sequences` samples in all, the same whatever seed trains.
+
+    Every rank has as many batches of equal shape. Where the samples do not divide evenly, a rank's surplus
+    rows carry no loss weight and no answer: sums over ranks are sums over the samples.
+    """
+
+    source: Source
+    length: int
+    sequences: int
+    micro_batch: int
+    rank: int
+    world_size: int
+
+    def __len__(self) -> int:
+        return -(-self.sequences // (self.micro_batch * self.world_size))
+
+    def __getitem__(self, k: int) -> Batch:
+        start = k * self.micro_batch * self.world_size
+        size = min(self.micro_batch, -(-(self.sequences - start) // self.world_size))
+        first = start + self.rank * size
+        batch = self.source.sample(self.length, range(first, first + size), (0, VALIDATION, self.length))
+        surplus = max(0, min(size, first + size - self.sequences))
+        if surplus:
+            batch["loss_weight"][-surplus:] = 0
+            batch["answer"][-surplus:] = False
+        return batch
+
+
+class BatchLoader:
+    """Iterates over `batches` in order, from item `first()` on; `len` counts from item 0.
+
+    A plain iterable, no DataLoader: Lightning would otherwise put its own sampler into it.
+    """
+
+    def __init__(
+        self,
+        batches: TrainBatches | ValidationBatches,
+        *,
+        first: Callable[[], int] = lambda: 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.batches, self.first = batches, first
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(
+            DataLoader(
+                self.batches,
+                batch_size=None,  # an item is a whole batch
+                sampler=range(self.first(), len(self)),
+                num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
+            )
+        )
+
+
+class TrainLoader(BatchLoader):
+    """A loader that continues where the optimizer stands, not where an iterator stood.
+
+    `steps_done()` is the number of optimizer steps behind us. It alone decides what comes next: batches that
+    workers had fetched ahead, a step cut off between two micro-batches, or another number of ranks or
+    micro-batches change nothing. The state that Lightning saves with a checkpoint only guards against data
+    that is no longer the same.
+
+    `len` is the whole run's: without it Lightning fetches one batch ahead, and loses it when a run resumes.
+    """
+
+    def __init__(
+        self, batches: TrainBatches, *, steps_done: Callable[[], int], content: str, **options: Any
+    ) -> None:
+        super().__init__(batches, first=lambda: steps_done() * batches.accumulate, **options)
+        self.steps_done, self.content = steps_done, content
+        self.batch_size = batches.batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """samples: the first global sample that no finished step has consumed."""
+        return {"samples": self.steps_done() * self.batch_size, "content": self.content}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that the samples after the checkpoint are the ones it would have seen.
+
+        Raises:
+            ValueError: data.batch_size or the corpus has changed since.
+        """
+        expected = self.state_dict()
+        if state["samples"] != expected["samples"]:
+            raise ValueError(
+                f"data.batch_size={self.batch_size}: the checkpoint's {self.steps_done()} steps consumed "
+                f"{state['samples']} samples; resume with the batch size it was written with"
+            )
+        if state["content"] != expected["content"]:
+            raise ValueError(
+                "data.documents.source: documents or tokenizer changed since the checkpoint was written; "
+                "restore them, or start in another run_dir"
+            )

@@ -1,0 +1,146 @@
+"""The data of one training run, as Lightning takes it."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+
+from conf.schema import TrainConfig, require
+from data.batches import BatchLoader, Source, TrainBatches, TrainLoader, ValidationBatches
+from data.documents import ConsecutiveDocuments, PackedDocuments
+from data.passkey import PasskeyTask
+from data.sources import Corpus, locate
+from data.store import TokenStore, build_store, locate_store
+from data.tokenizers import Tokenizer, load_tokenizer
+
+
+class TokenDataModule(pl.LightningDataModule):
+    """Training and validation batches of `config.data`.
+
+    Training micro-batches resume exactly from any checkpoint, also with another number of ranks, of
+    micro-batches per step or of workers. Validation always reads the same samples at train_length.
+
+    Attributes:
+        tokenizer: of the task or the documents.
+
+    Raises:
+        ValueError: on construction, when tokenizer, task or source do not fit the config; on `prepare_data`,
+            when the documents cannot be read.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
+        require(
+            self.tokenizer.vocab_size <= config.model.vocab_size,
+            "model.vocab_size",
+            config.model.vocab_size,
+            f"data.tokenizer={config.data.tokenizer} needs at least {self.tokenizer.vocab_size}",
+        )
+        self._corpus: Corpus | None = None
+        self._store: TokenStore | None = None
+        self._train: Source | None = None
+        self._validation: Source | None = None
+        if config.data.name == "passkey":
+            task = PasskeyTask(self.tokenizer, config.data.passkey)
+            _check_passkey_fits(task, config)
+            self._train = self._validation = task
+        else:
+            self._corpus = locate(config.data.documents)
+
+    def prepare_data(self) -> None:
+        """Tokenise the documents, once for all runs that read them. Called in one process per node."""
+        if self._corpus is not None:
+            if not locate_store(self._corpus, self.tokenizer).exists():
+                rank_zero_info(f"tokenising documents into {locate_store(self._corpus, self.tokenizer)}")
+            meta = build_store(self._corpus, self.tokenizer).meta
+            rank_zero_info(
+                f"{meta['documents']:,} documents, {meta['tokens']:,} tokens; left out: "
+                f"{meta['shorter_than_min_tokens']:,} below min_tokens, {meta['files_not_utf8']:,} not UTF-8"
+            )
+
+    def setup(self, stage: str) -> None:
+        """Open the documents in every process."""
+        if self._corpus is not None:
+            data = self.config.data
+            self._store = build_store(self._corpus, self.tokenizer)
+            train, validation = self._store.split(data.documents.val_fraction)
+            self._train, self._validation = PackedDocuments(train), PackedDocuments(validation)
+            if data.documents.layout == "consecutive":
+                self._train = ConsecutiveDocuments(train, data.batch_size * data.train_length)
+
+    def train_dataloader(self) -> TrainLoader:
+        assert self.trainer is not None
+        assert self._train is not None
+        trainer, data = self.trainer, self.config.data
+        batches = TrainBatches(
+            source=self._train,
+            seed=self.config.seed,
+            length=data.train_length,
+            batch_size=data.batch_size,
+            max_steps=self.config.trainer.max_steps,
+            accumulate=self.config.trainer.accumulate,
+            curriculum_length=data.curriculum_length,
+            curriculum_steps=data.curriculum_steps,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        _align_batch_progress(trainer, batches)
+        return TrainLoader(
+            batches,
+            steps_done=lambda: trainer.global_step,
+            content="" if self._store is None else self._store.content,
+            num_workers=data.num_workers,
+            pin_memory=_uses_cuda(trainer),
+        )
+
+    def val_dataloader(self) -> BatchLoader:
+        assert self.trainer is not None
+        assert self._validation is not None
+        trainer, data = self.trainer, self.config.data
+        batches = ValidationBatches(
+            source=self._validation,
+            length=data.train_length,
+            sequences=data.val_sequences,
+            micro_batch=data.batch_size // (trainer.world_size * self.config.trainer.accumulate),
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        return BatchLoader(batches, pin_memory=_uses_cuda(trainer))  # no workers: starting them costs more
+
+
+def _uses_cuda(trainer: pl.Trainer) -> bool:
+    return trainer.strategy.root_device.type == "cuda"
+
+
+def _check_passkey_fits(task: PasskeyTask, config: TrainConfig) -> None:
+    # Keys may differ in tokens: the longest of many stands for all.
+    keys = np.random.default_rng(0).integers(task.n_keys, size=256)
+    needed = max(task.fixed_length(int(key)) for key in keys)
+    for name in ("train_length", "curriculum_length"):
+        length = getattr(config.data, name)
+        if length is not None:
+            require(
+                length >= needed, f"data.{name}", length, f"a passkey prompt needs at least {needed} tokens"
+            )
+
+
+def _align_batch_progress(trainer: pl.Trainer, batches: TrainBatches) -> None:
+    """Put a restarting trainer's count of micro-batches where `batches` will continue: at a step's beginning.
+
+    Lightning restores the count of the run that wrote the checkpoint. When that run had another number of
+    micro-batches a step, or was cut off between two of them, Lightning would step after the wrong ones.
+    """
+    if not trainer.fit_loop.restarting:
+        return
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    count = trainer.global_step * batches.accumulate
+    counters: list[Any] = [progress.total, progress.current]  # the same: the whole run is one epoch
+    for counter in counters:
+        # A checkpoint written in on_train_batch_end has not counted its batch as completed; Lightning will.
+        pending = counter.processed - counter.completed
+        counter.ready = counter.started = counter.processed = count
+        counter.completed = count - pending
+    progress.is_last_batch = count == len(batches)
