@@ -1,16 +1,19 @@
 """Training step of a small Mamba-2 on this machine: our model against peers, in turn, in one process.
 
-    python -m kernels.bench [d_model=256] [length=2048] [rounds=7] [peers=[transformers,einsum]] [json=PATH]
+    python -m kernels.bench [d_model=256] [length=2048] [rounds=7] [peers=[transformers,plain]] [json=PATH]
 
 Each round times every contender once, so a machine whose speed drifts drifts under all of them. Reported:
-median tokens/s, the ratio to the best transformers and einsum variant, peak memory (a process each), and the
-share of the bound set by the model's matrix products at the speed this machine reaches on large ones.
+median tokens/s, the ratio to the best variant of each peer, peak memory (a process each), and the share of the
+bound set by the model's matrix products at the speed this machine reaches on large ones. Peers:
+
+    transformers  its Mamba2ForCausalLM on its PyTorch path
+    plain         the same backbone with an einsum scan, F.conv1d and F.rms_norm, gradients by autograd
+    einsum        the same backbone with only the scan replaced by einsums
 """
 
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +23,9 @@ from typing import Any
 
 from conf.load import from_command_line
 from conf.schema import ModelConfig, option, require
+
+
+PEERS = ("transformers", "plain", "einsum")
 
 
 @dataclass(kw_only=True)
@@ -34,7 +40,7 @@ class BenchConfig:
     batch: int = option(1, "sequences")
     length: int = option(2048, "tokens per sequence")
     rounds: int = option(7, "times each contender is run")
-    peers: list[str] = option(["transformers", "einsum"], "whom to compare with")
+    peers: list[str] = option(["transformers", "plain", "einsum"], "whom to compare with")
     json: str = option("runs/bench.json", "where the numbers go")
 
     def __post_init__(self) -> None:
@@ -42,7 +48,7 @@ class BenchConfig:
         require(self.batch >= 1 and self.length >= 1, "length", self.length, "batch and length must be at least 1")
         require(self.length % 256 == 0, "length", self.length, "must be a multiple of 256, which the peers need")
         for peer in self.peers:
-            require(peer in ("transformers", "einsum"), "peers", self.peers, "choose from [transformers, einsum]")
+            require(peer in PEERS, "peers", self.peers, f"choose from [{', '.join(PEERS)}]")
 
     def model(self, chunk_size: int) -> ModelConfig:
         return ModelConfig(
@@ -67,7 +73,7 @@ class Contender:
         """A function that runs one forward and backward pass."""
         import torch
 
-        from kernels.peers import einsum_backbone, transformers_model
+        from kernels.peers import PLAIN, replaced, transformers_model
         from lightning_modules.backbone import Mamba2LM
 
         torch.manual_seed(0)
@@ -92,11 +98,11 @@ class Contender:
                 losses, _ = model.token_losses(ids, ids)
             losses.mean().backward()
 
-        def run_einsum() -> None:
-            with einsum_backbone():
+        def run_replaced() -> None:
+            with replaced(*(PLAIN if self.system == "plain" else ["ssd_scan"])):
                 run_ours()
 
-        return run_einsum if self.system == "einsum" else run_ours
+        return run_ours if self.system == "ours" else run_replaced
 
 
 def contenders(config: BenchConfig) -> list[Contender]:
@@ -132,13 +138,19 @@ def peak_memory(contender: Contender, config: BenchConfig) -> float:
 
 
 def _peak_memory(contender: Contender, config: BenchConfig) -> float:
-    step = contender.step(replace(config, length=256))
-    step()  # libraries and thread pools are loaded
+    contender.step(replace(config, length=256))()  # libraries and thread pools are loaded
     step = contender.step(config)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts over from here
     step()
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(name: str) -> int:
+    """A line of this process's memory status, KiB."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in status if line.startswith(f"{name}:")))
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -183,10 +195,10 @@ def show(rows: list[dict[str, Any]]) -> None:
     peers = sorted({r["system"] for r in rows} - {"ours"}, reverse=True)
     best = {p: max(r["tokens_per_second"] for r in rows if r["system"] == p) for p in peers}
     table = Table(title="training step, forward + backward")
-    for name in ("system", "precision", "chunk", "tokens/s", "share of matmul bound", "peak MiB"):
+    for name in ("system", "precision", "chunk", "tokens/s", "of matmul bound", "peak MiB"):
         table.add_column(name, justify="left" if name == "system" else "right")
     for peer in peers:
-        table.add_column(f"x best {peer}", justify="right")
+        table.add_column(f"x {peer}", justify="right")
     for r in rows:
         cells = [r["system"], r["precision"], str(r["chunk_size"]), f"{r['tokens_per_second']:,.0f}"]
         cells += [f"{r['share_of_matmul_bound']:.0%}", f"{r['peak_mib']:.0f}"]

@@ -1,4 +1,4 @@
-"""What the benchmark compares with: the same model on a plain einsum scan, and transformers' Mamba-2."""
+"""What the benchmark compares with: the same model written plainly in PyTorch, and transformers' Mamba-2."""
 
 import contextlib
 from collections.abc import Iterator
@@ -45,10 +45,29 @@ def _segment_sums(a: Tensor) -> Tensor:
     return (sums[..., :, None] - sums[..., None, :]).masked_fill(~visible, -torch.inf)
 
 
+def plain_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, *, initial_state: Tensor, document_starts: None
+) -> tuple[Tensor, Tensor]:
+    """The causal convolution through F.conv1d."""
+    padded = torch.cat([initial_state.to(x.dtype), x.transpose(1, 2)], dim=2)
+    y = F.conv1d(padded, weight[:, None].to(x.dtype), bias.to(x.dtype), groups=weight.shape[0])
+    return F.silu(y).transpose(1, 2), padded[:, :, 1 - weight.shape[1] :]
+
+
+def plain_norm(
+    x: Tensor, z: Tensor, weight: Tensor, *, eps: float, n_groups: int, norm_before_gate: bool
+) -> Tensor:
+    """The gated norm through F.rms_norm; gate first, one group."""
+    return F.rms_norm((x * F.silu(z)).float(), weight.shape, weight, eps).to(x.dtype)
+
+
+PLAIN = {"ssd_scan": einsum_scan, "causal_conv1d": plain_conv, "gated_rms_norm": plain_norm}
+
+
 @contextlib.contextmanager
-def einsum_backbone() -> Iterator[None]:
-    """Our own backbone with the plain einsum scan in place of the kernel."""
-    with mock.patch("lightning_modules.backbone.ssd_scan", einsum_scan):
+def replaced(*names: str) -> Iterator[None]:
+    """Our own backbone with plain PyTorch in place of the named kernels."""
+    with mock.patch.multiple("lightning_modules.backbone", **{name: PLAIN[name] for name in names}):
         yield
 
 
