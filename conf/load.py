@@ -5,6 +5,7 @@ YAML files hold differences from the schema's defaults and merge left to right; 
 
 import dataclasses
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -15,15 +16,18 @@ from yaml import YAMLError
 T = TypeVar("T")
 
 
-def parse(schema: type[T], argv: list[str]) -> T:
-    """Merge YAML files and `key=value` overrides into `schema` and check the result.
+def parse(schema: type[T], argv: Sequence[str | Mapping[str, Any]]) -> T:
+    """Merge YAML files, `key=value` overrides and {dotted name: value} into `schema` and check the result.
 
     Raises ValueError with one line that names the setting, its value and the remedy.
     """
     config: Any = OmegaConf.structured(schema)
     try:
         for argument in argv:
-            config = OmegaConf.merge(config, _source(argument))
+            try:
+                config = OmegaConf.merge(config, _source(argument))
+            except TypeError as error:  # a list where there is a mapping, or the reverse
+                raise ValueError(f"{argument}: {error}; see --help") from None
         return OmegaConf.to_object(config)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from None
@@ -37,6 +41,15 @@ def to_yaml(config: Any) -> str:
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain dicts, lists and scalars: safe inside a checkpoint read with weights_only."""
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def from_dict(schema: type[T], values: dict[str, Any]) -> T:
+    """The inverse of `to_dict`, checked like a command line. Raises ValueError with one line."""
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(values))
+        return OmegaConf.to_object(config)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(error)) from None
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -85,7 +98,12 @@ def die(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _source(argument: str) -> DictConfig | ListConfig:
+def _source(argument: str | Mapping[str, Any]) -> DictConfig | ListConfig:
+    if isinstance(argument, Mapping):
+        config = OmegaConf.create()
+        for name, value in argument.items():
+            OmegaConf.update(config, name, value, force_add=True)
+        return config
     if argument.startswith("-"):
         raise ValueError(f"{argument}: options are written key=value, without dashes; see --help")
     if "=" in argument:

@@ -125,9 +125,11 @@ class DocumentsConfig:
     source: str | None = option(
         None, "file, folder or glob (.txt .py .md .jsonl .parquet) or a hub name; none: Python's own sources"
     )
+    subset: str | None = option(None, "configuration of a hub dataset, where it has several")
     split: str = option("train", "split of a hub dataset")
     text_field: str = option("text", "field that holds the text in jsonl, parquet and hub datasets")
     min_tokens: int = option(1, "documents shorter than this are dropped")
+    max_tokens: int | None = option(None, "stop reading the source after this many tokens; none: read all of it")
     layout: Literal["packed", "consecutive"] = option(
         "packed", "packed: document starts reset the state; consecutive: each row continues in the next batch"
     )
@@ -152,9 +154,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_at_least("data", self, 1, "train_length", "batch_size", "val_sequences")
         require_at_least("data", self, 0, "curriculum_steps", "num_workers")
-        require_at_least("data.passkey", self.passkey, 1, "digits")
+        digits = self.passkey.digits
+        require(1 <= digits <= 15, "data.passkey.digits", digits, "must be from 1 to 15, e.g. 5")
         require_at_least("data.passkey", self.passkey, 0, "filler_weight")
         require_at_least("data.documents", self.documents, 1, "min_tokens")
+        if self.documents.max_tokens is not None:
+            require_at_least("data.documents", self.documents, 1, "max_tokens")
         require(
             0 < self.documents.val_fraction < 1,
             "data.documents.val_fraction",
@@ -346,7 +351,7 @@ class EvaluateConfig:
     seed: int = option(1, "seed of the prompts")
     print_config: bool = option(False, "print the resolved config and stop")
     suites: list[str] = option(["passkey", "loss"], "what to measure: passkey, loss")
-    segment: int = option(4096, "tokens per segment; memory grows with it, not with the length")
+    segment: int = option(4096, "tokens per forward pass, over all rows: memory grows with it alone")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "device")
     threads: int | None = option(None, "CPU threads; none: all cores")
     passkey: PasskeyEvalConfig = section(PasskeyEvalConfig)
@@ -358,5 +363,5 @@ class EvaluateConfig:
         require(bool(self.checkpoint), "checkpoint", "", "give a run directory or a .ckpt: checkpoint=PATH")
         require_at_least("config", self, 0, "seed")
         require_at_least("config", self, 1, "segment")
-        for suite in self.suites:
-            require(suite in ("passkey", "loss"), "suites", self.suites, "choose from [passkey, loss]")
+        known = bool(self.suites) and set(self.suites) <= {"passkey", "loss"}
+        require(known, "suites", self.suites, "choose from [passkey, loss]")

@@ -1,0 +1,174 @@
+"""Checkpoints from which a run continues as if nothing had happened."""
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+
+from conf.load import from_dict, to_dict
+from conf.schema import TrainConfig
+from lightning_modules.checkpoints import (
+    checkpoint_path,
+    link_last,
+    list_checkpoints,
+    prune,
+    read_checkpoint,
+    write_checkpoint,
+)
+from lightning_modules.finite import first_non_finite_parameter
+from lightning_modules.run_dir import RunError
+from lightning_modules.termination import Terminated, Termination
+
+
+class SaveCheckpoints(Checkpoint):
+    """Saves every `trainer.checkpoint_every` steps, at the last step, and when the process is asked to end.
+
+    Always at the end of an optimizer step, after the validation that is due there: a resumed run neither
+    repeats nor skips one. A signal that arrives meanwhile waits until then.
+    """
+
+    def __init__(
+        self, config: TrainConfig, folder: Path, termination: Termination, mlflow_run_id: str | None
+    ) -> None:
+        self.config, self.folder, self.termination = config, folder, termination
+        self.mlflow_run_id = mlflow_run_id
+        self._step = 0  # last step whose end was seen
+        self._rng_to_restore: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
+        self.termination.deferred = True
+        self.termination.install()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Not earlier: making data iterators draws random numbers.
+        if self._rng_to_restore is not None:
+            set_rng_state(self._rng_to_restore)
+            self._rng_to_restore = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return  # between two micro-batches
+        self._step = trainer.global_step
+        if self._step % self.config.trainer.val_every != 0:
+            self._end_step(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._end_step(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.termination.deferred = False
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self.termination.deferred = False
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["config"] = to_dict(self.config)
+        checkpoint["step"] = trainer.global_step
+        checkpoint["rng"] = get_rng_state()
+        checkpoint["mlflow_run_id"] = self.mlflow_run_id
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._rng_to_restore = checkpoint["rng"]
+
+    def _end_step(self, trainer: pl.Trainer) -> None:
+        settings, signum = self.config.trainer, self._asked_to_end(trainer)
+        if signum or self._step % settings.checkpoint_every == 0 or self._step == settings.max_steps:
+            self._save(trainer)
+        if signum:
+            raise Terminated(signum)
+
+    def _asked_to_end(self, trainer: pl.Trainer) -> int | None:
+        """The signal that any rank received: all of them save together."""
+        signum = self.termination.signum or 0
+        if trainer.world_size > 1:
+            signum = int(trainer.strategy.reduce(torch.tensor(signum), reduce_op="max"))
+        return signum or None
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        assert trainer.lightning_module is not None
+        where = first_non_finite_parameter(trainer.lightning_module)
+        if where is not None:
+            raise RunError(f"after step {self._step}: first not finite: {where}; nothing saved")
+        path = checkpoint_path(self.folder, self._step)
+        try:
+            trainer.save_checkpoint(path, weights_only=False)
+            if trainer.is_global_zero:
+                link_last(self.folder, path)
+                prune(self.folder, self.config.trainer.keep_last)
+        except OSError as error:
+            kept = next(iter(list_checkpoints(self.folder)), None)
+            raise RunError(
+                f"{path}: cannot be written ({error.strerror or error}); last good one: {kept}"
+            ) from None
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's access to checkpoint files: written at once, read once and as data only."""
+
+    def __init__(self, loaded: tuple[Path, dict[str, Any]] | None = None) -> None:
+        self.path = None if loaded is None else loaded[0]
+        self._contents = {} if loaded is None else loaded[1]
+
+    def config(self) -> TrainConfig:
+        """The config in the checkpoint that was read."""
+        return from_dict(TrainConfig, self._contents["config"])
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_checkpoint(checkpoint, path)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if str(path) == str(self.path) and self._contents:
+            contents = self._contents
+            self._contents = {}  # do not hold it for the whole run: it is as large as model and optimizer
+            return contents
+        return read_checkpoint(path, map_location)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        os.unlink(path)
+
+
+def get_rng_state() -> dict[str, Any]:
+    """Python's, NumPy's and PyTorch's random state as plain data."""
+    version, internal, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=False)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": {
+            **numpy_state,
+            "state": {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()},
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy_state = state["numpy"]
+    key = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,50 @@
+"""What is about to be trained, before the first step."""
+
+import re
+import sys
+from collections import Counter
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from conf.schema import ModelConfig
+from lightning_modules.language_model import LanguageModel
+from lightning_modules.optim import parameter_groups
+from lightning_modules.state import ModelState
+
+
+class PrintSummary(pl.Callback):
+    """Prints parameters, state size, and which parameters weight decay pulls on."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        if trainer.is_global_zero:
+            Console(width=None if sys.stdout.isatty() else 160).print(summarize(pl_module))
+
+
+def summarize(module: LanguageModel) -> Table:
+    """The summary as a rich table of two columns."""
+    config = module.config
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    parameters = sum(parameter.numel() for parameter in module.model.parameters())
+    conv, ssm = state_elements(config.model)
+    table.add_row("parameters", f"{parameters:,}")
+    table.add_row("state", f"{conv + ssm:,} elements a sequence ({ssm:,} SSM, {conv:,} convolution)")
+    for label, group in zip(("decayed", "not decayed"), parameter_groups(module.model, 1.0), strict=True):
+        table.add_row(label, ", ".join(_compact(group["param_names"])))
+    table.add_row("mitigation", module.mitigation.key)
+    return table
+
+
+def state_elements(config: ModelConfig) -> tuple[int, int]:
+    """Numbers that one sequence's recurrent state holds: convolution tails, SSM states."""
+    state = ModelState.zeros(config, 1, "meta", torch.float32, "none")
+    return sum(layer.conv.numel() for layer in state.layers), sum(layer.ssm.numel() for layer in state.layers)
+
+
+def _compact(names: list[str]) -> list[str]:
+    """`backbone.layers.0.mixer.D`, `backbone.layers.1.mixer.D` -> `layers.*.mixer.D (2)`."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name.removeprefix("backbone.")) for name in names)
+    return [f"{name} ({count})" if count > 1 else name for name, count in counts.items()]

@@ -1,0 +1,32 @@
+"""Measure a checkpoint far beyond its training length, in memory that does not grow with length.
+
+    python -m lightning_modules.evaluate checkpoint=PATH [key=value ...]
+
+PATH is a run directory, a .ckpt file, or a directory written by save_model. Examples:
+
+    python -m lightning_modules.evaluate checkpoint=runs/demo
+    python -m lightning_modules.evaluate checkpoint=runs/demo passkey.lengths=[1048576] passkey.prompts=4
+    python -m lightning_modules.evaluate checkpoint=runs/demo \\
+        mitigation.name=forget_more mitigation.alpha_scale=0.999
+
+Writes run_dir (default: a new directory under runs/): config.yaml, evaluation.json, result.json and
+figures/, and records an MLflow run. The conclusion keeps three things apart: a model that is unsolved at its
+own training length, collapse (recent needles lost beyond it), and forgetting (far needles lost where recent
+ones are found).
+"""
+
+from conf.load import from_command_line, user_errors
+from conf.schema import EvaluateConfig
+from lightning_modules.termination import Termination
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = from_command_line(EvaluateConfig, __doc__ or "", argv)
+    with user_errors(), Termination():
+        from lightning_modules.evaluation.run import evaluate  # imports torch: only for a config that holds
+
+        evaluate(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `lightning_modules.evaluate` measures, in memory that is flat in length."""

@@ -1,0 +1,83 @@
+"""Loss by position on long text, averaged over prompts and over buckets of neighbouring positions."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conf.schema import DataConfig
+from data.passkey import PasskeyTask
+from data.sources import locate
+from data.store import TokenStream, build_store
+from data.tokenizers import Tokenizer
+from lightning_modules.evaluation.streaming import Reader, Source
+
+STREAM = 0x7E58  # first word of the generator's seed: no training stream begins with it
+
+
+def prompts_source(task: PasskeyTask, train_length: int, prompts: int, seed: int) -> Source:
+    """Passkey prompts of the training length, one after another, each with a key of its own.
+
+    Every stretch of one training length is text as in training, so what differs between stretches is only
+    how much came before. Filler alone would not do: with time the model rightly expects needle and question.
+    Text behind an answer is new to the model, so the first stretch beyond the training length overstates.
+    """
+
+    def source(begin: int, end: int) -> NDArray[np.int64]:
+        first, last = begin // train_length, -(-end // train_length)
+        rows = [
+            task.sample(train_length, range(i * prompts, (i + 1) * prompts), (STREAM, seed))["ids"].numpy()
+            for i in range(first, last)
+        ]
+        return np.concatenate(rows, 1)[:, begin - first * train_length : end - first * train_length]
+
+    return source
+
+
+def held_out_documents(data: DataConfig, tokenizer: Tokenizer) -> TokenStream:
+    """The documents that the training run on `data` never saw, tokenised."""
+    return build_store(locate(data.documents), tokenizer).split(data.documents.val_fraction)[1]
+
+
+def documents_source(stream: TokenStream, length: int, prompts: int, seed: int) -> Source:
+    """Stretches of the stream from evenly spaced places, behind a random offset.
+
+    A stretch runs over the ends of documents and the state is carried across them: what is measured is a
+    model that reads on and on.
+
+    Raises:
+        ValueError: the stream is too short to hold `length` tokens without repeating itself.
+    """
+    if length >= len(stream):
+        raise ValueError(
+            f"loss.length={length}: the held-out documents have only {len(stream)} tokens; shorten it, or "
+            "give the training run more documents or a larger data.documents.val_fraction"
+        )
+    offset = np.random.default_rng([STREAM, seed]).integers(len(stream))
+    first = offset + np.arange(prompts)[:, None] * (len(stream) // prompts)
+    return lambda begin, end: stream.take(first + np.arange(begin, end))
+
+
+def loss_by_position(reader: Reader, source: Source, length: int, bucket: int) -> dict[str, Any]:
+    """Mean -log p, in nats, of tokens 1 .. length by buckets of `bucket` positions.
+
+    Returns:
+        {"bucket", "position": middle of each bucket, "loss": mean over its tokens and all prompts,
+        "non_finite"}. A bucket that met a NaN or an infinity holds None.
+    """
+    n_buckets = -(-length // bucket)
+    total, count = np.zeros(n_buckets), np.zeros(n_buckets)
+    for first, losses in reader.losses(source, length):
+        by_position = losses.double().sum(0).cpu().numpy()
+        index = np.arange(first - 1, first - 1 + len(by_position)) // bucket
+        np.add.at(total, index, by_position)
+        np.add.at(count, index, len(losses))
+    starts = np.arange(n_buckets) * bucket
+    position = (starts + 1 + np.minimum(starts + bucket, length)) / 2
+    mean = total / count
+    return {
+        "bucket": bucket,
+        "position": position.tolist(),
+        "loss": [float(x) if np.isfinite(x) else None for x in mean],
+        "non_finite": not np.isfinite(mean).all(),
+    }

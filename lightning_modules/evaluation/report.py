@@ -1,0 +1,82 @@
+"""An evaluation for eyes: figures, a table, a few lines on the terminal. Works from evaluation.json alone."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from lightning_modules.figures import accuracy_by_length, loss_by_position, passkey_heatmap
+
+Rows = list[dict[str, Any]]
+
+
+def draw_figures(evaluation: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """(file name, figure) of every figure that the measured suites allow."""
+    train_length, passkey, loss = (evaluation[name] for name in ("train_length", "passkey", "loss"))
+    suffix = describe_mitigation(evaluation["mitigation"])
+    suffix = f"\n{suffix}" if suffix else ""
+    if passkey is not None:
+        series = {f"recent: needle within the last {evaluation['recent_window']} tokens": passkey["recent"]}
+        if passkey["recall"]:
+            series["recall: needle at any depth"] = passkey["recall_by_length"]
+            title = f"Passkey exact match by depth of the needle{suffix}"
+            yield "passkey_heatmap.png", passkey_heatmap(passkey["recall"], train_length, title=title)
+        title = f"Passkey exact match by prompt length{suffix}"
+        yield "accuracy_by_length.png", accuracy_by_length(series, train_length, title=title)
+    if loss is not None:
+        title = f"Loss by position{suffix}"
+        yield "loss_by_position.png", loss_by_position({loss["text"]: loss}, train_length, title=title)
+
+
+def describe_mitigation(mitigation: dict[str, Any]) -> str:
+    """`forget_more (alpha_scale 0.999)`; empty for none."""
+    if mitigation["name"] == "none":
+        return ""
+    changed = [f"{name} {value:g}" for name, value in mitigation.items() if name != "name" and value != 1.0]
+    return f"{mitigation['name']} ({', '.join(changed)})" if changed else mitigation["name"]
+
+
+def accuracy_table(passkey: dict[str, Rows]) -> dict[str, list[Any]]:
+    """Accuracy by length in columns, recent needles first, then all depths."""
+    names = ("length", "prompts", "digits", "digits_low", "digits_high", "exact", "exact_low", "exact_high")
+    rows = [("recent", row) for row in passkey["recent"]]
+    rows += [("all depths", row) for row in passkey["recall_by_length"]]
+    return {"needles": [kind for kind, _ in rows]} | {name: [row[name] for _, row in rows] for name in names}
+
+
+def print_summary(
+    evaluation: dict[str, Any], numbers: dict[str, float], run_dir: Path, figures: list[Path]
+) -> None:
+    """The table, the conclusion, and where everything is."""
+    console = Console(highlight=False, soft_wrap=True)
+    if evaluation["passkey"] is not None:
+        console.print(_rich_table(evaluation))
+    console.print(evaluation["conclusion"]["summary"])
+    speed, peak = numbers["speed/tokens_per_second"], numbers["memory/peak_mib"]
+    console.print(f"{speed:,.0f} tokens/s, peak memory {peak:,.0f} MiB")
+    for path in (run_dir / "evaluation.json", *figures):
+        console.print(str(path))
+
+
+def _rich_table(evaluation: dict[str, Any]) -> Table:
+    passkey, train_length = evaluation["passkey"], evaluation["train_length"]
+    mitigation = describe_mitigation(evaluation["mitigation"]) or "no mitigation"
+    table = Table(title=f"Passkey exact match and 95% interval, {mitigation}", title_justify="left")
+    table.add_column("length", justify="right")
+    table.add_column("x trained", justify="right")
+    table.add_column(f"recent (last {evaluation['recent_window']})", justify="right")
+    table.add_column("any depth", justify="right")
+    recall = {row["length"]: row for row in passkey["recall_by_length"]}
+    for row in passkey["recent"]:
+        length = row["length"]
+        far = _with_interval(recall[length]) if length in recall else "-"
+        table.add_row(f"{length:,}", f"{length / train_length:g}", _with_interval(row), far)
+    return table
+
+
+def _with_interval(row: dict[str, Any]) -> str:
+    mark = " non-finite" if row["non_finite"] else ""
+    return f"{row['exact']:.2f} [{row['exact_low']:.2f}, {row['exact_high']:.2f}]{mark}"

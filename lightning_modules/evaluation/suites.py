@@ -1,0 +1,133 @@
+"""The suites of one evaluation: which prompts and texts, laid out and checked before anything is read."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conf.schema import DataConfig, EvaluateConfig
+from data.passkey import Layout, PasskeyTask
+from data.tokenizers import Tokenizer
+from lightning_modules.evaluation import loss as losses
+from lightning_modules.evaluation import passkey
+from lightning_modules.evaluation.streaming import Reader, Source
+
+# Without a setting: recent needles to 64x the training length, recall over all depths to 16x.
+RECENT_FACTORS = (1, 2, 4, 8, 16, 32, 64)
+RECALL_FACTOR = 16
+LOSS_FACTOR = 64
+
+
+@dataclass(frozen=True)
+class PasskeySuite:
+    """Prompts by length. recent: needles within the last `window` tokens; recall: at any depth, and which."""
+
+    window: int
+    recent: dict[int, Layout]
+    recall: dict[int, tuple[Layout, NDArray[np.float64]]]
+
+    @property
+    def tokens(self) -> int:
+        layouts = [*self.recent.values(), *(layout for layout, _ in self.recall.values())]
+        return sum(passkey.tokens_to_read(layout) for layout in layouts)
+
+    def run(self, reader: Reader) -> dict[str, list[dict[str, Any]]]:
+        """{"recent", "recall", "recall_by_length"}: the rows of evaluation.json."""
+        recent = [
+            {"length": length, **passkey.accuracy(passkey.score(reader, layout))}
+            for length, layout in self.recent.items()
+        ]
+        recall, by_length = [], []
+        for length, (layout, depth) in self.recall.items():
+            scores = passkey.score(reader, layout)
+            by_length.append({"length": length, **passkey.accuracy(scores)})
+            for value in np.unique(depth):
+                cell = passkey.accuracy(passkey.select(scores, depth == value))
+                recall.append({"length": length, "depth": float(value), **cell})
+        return {"recent": recent, "recall": recall, "recall_by_length": by_length}
+
+
+@dataclass(frozen=True)
+class LossSuite:
+    """`prompts` texts of `length` tokens. text: what they are, in words for a legend."""
+
+    source: Source
+    text: str
+    prompts: int
+    length: int
+    bucket: int
+
+    @property
+    def tokens(self) -> int:
+        return self.prompts * self.length
+
+    def run(self, reader: Reader) -> dict[str, Any]:
+        measured = losses.loss_by_position(reader, self.source, self.length, self.bucket)
+        return {"text": self.text, "prompts": self.prompts, "length": self.length, **measured}
+
+
+def plan_passkey(config: EvaluateConfig, data: DataConfig, tokenizer: Tokenizer) -> PasskeySuite:
+    """Lay out the passkey prompts. The training length is always among the lengths.
+
+    Raises:
+        ValueError: a length or the recent window is too short for a prompt, or the window exceeds a length.
+    """
+    settings, train_length = config.passkey, data.train_length
+    task = PasskeyTask(tokenizer, data.passkey)
+    lengths = sorted(
+        {train_length, *(settings.lengths or [factor * train_length for factor in RECENT_FACTORS])}
+    )
+    per_length = max(settings.prompts, settings.depths * settings.prompts_per_depth)
+    shortest = passkey.shortest_prompt(task, per_length, config.seed)
+    if lengths[0] < shortest:
+        name = "the training length" if lengths[0] == train_length else "passkey.lengths"
+        remedy = "use suites=[loss]" if lengths[0] == train_length else "drop it"
+        raise ValueError(
+            f"{name}={lengths[0]}: a passkey prompt needs at least {shortest} tokens here; {remedy}"
+        )
+    window = settings.recent_window or train_length
+    if settings.recent_window is not None and not shortest <= window <= lengths[0]:
+        raise ValueError(
+            f"passkey.recent_window={window}: must lie between {shortest}, the tokens of a prompt without "
+            f"filler, and {lengths[0]}, the shortest length"
+        )
+    furthest = settings.max_depth_length or RECALL_FACTOR * train_length
+    recall_lengths = [n for n in lengths if n <= max(furthest, train_length)] if settings.depths else []
+    return PasskeySuite(
+        window=window,
+        recent={
+            n: passkey.recent_prompts(task, n, min(window, n), settings.prompts, config.seed) for n in lengths
+        },
+        recall={
+            n: passkey.recall_prompts(task, n, settings.depths, settings.prompts_per_depth, config.seed)
+            for n in recall_lengths
+        },
+    )
+
+
+def plan_loss(config: EvaluateConfig, data: DataConfig, tokenizer: Tokenizer) -> LossSuite:
+    """Choose the text: passkey prompts for a passkey checkpoint, held-out documents for one of documents.
+
+    Raises:
+        ValueError: the held-out documents are shorter than loss.length, or loss.bucket exceeds what it cuts.
+    """
+    settings, train_length = config.loss, data.train_length
+    length = settings.length or LOSS_FACTOR * train_length
+    if data.name == "passkey":
+        task = PasskeyTask(tokenizer, data.passkey)
+        source = losses.prompts_source(task, train_length, settings.prompts, config.seed)
+        text = "passkey prompts, one after another"
+    else:
+        stream = losses.held_out_documents(data, tokenizer)
+        if settings.length is None:
+            length = min(length, len(stream) - 1)
+        source = losses.documents_source(stream, length, settings.prompts, config.seed)
+        text = "held-out documents"
+    bucket = settings.bucket or max(1, train_length // 4)
+    if bucket > min(length, train_length):
+        raise ValueError(
+            f"loss.bucket={bucket}: exceeds {min(length, train_length)}, the shorter of the training length "
+            "and loss.length; lower it"
+        )
+    return LossSuite(source=source, text=text, prompts=settings.prompts, length=length, bucket=bucket)

@@ -1,0 +1,194 @@
+"""Figures of evaluations, from plain rows. No global state: safe in any process, with or without display."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from numpy.typing import NDArray
+
+# Okabe and Ito's palette, told apart with every kind of colour vision; black is kept for annotations.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#555555"
+DPI = 150
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def accuracy_by_length(
+    series: Mapping[str, Rows],
+    train_length: int | None,
+    *,
+    title: str = "Passkey exact match by prompt length",
+) -> Figure:
+    """Accuracy over prompt length, one line a label, intervals as bands.
+
+    Args:
+        series: label -> rows with "length", "exact" and, for a band, "exact_low" and "exact_high".
+        train_length: marked by a vertical line; None when the lines differ in it.
+    """
+    figure, axes = _new(title)
+    lengths = sorted({row["length"] for rows in series.values() for row in rows})
+    banded = False
+    for i, (label, rows) in enumerate(series.items()):
+        rows = sorted(rows, key=lambda row: row["length"])
+        x = [row["length"] for row in rows]
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        y = [row["exact"] for row in rows]
+        axes.plot(x, y, label=label, color=colour, marker=marker, markersize=5, linewidth=1.8, zorder=3)
+        if all("exact_low" in row for row in rows):
+            low, high = ([row[f"exact_{side}"] for row in rows] for side in ("low", "high"))
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            banded = True
+    _length_axis(axes, lengths[:: -(-len(lengths) // 12)], "prompt length (tokens)")
+    _mark_train_length(axes, train_length)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylabel("exact match")
+    axes.legend(loc="best", frameon=False)
+    if banded:
+        figure.supxlabel("bands: Wilson 95% intervals", fontsize=8, color=GREY, x=0.98, ha="right")
+    return figure
+
+
+def passkey_heatmap(
+    cells: Rows, train_length: int, *, title: str = "Passkey exact match by depth of the needle"
+) -> Figure:
+    """Exact match over depth (rows) and prompt length (columns); the training length is marked on its column.
+
+    cells: rows with "length", "depth" in (0, 1) and "exact".
+    """
+    lengths, depths = (sorted({cell[name] for cell in cells}) for name in ("length", "depth"))
+    grid = np.full((len(depths), len(lengths)), np.nan)
+    for cell in cells:
+        grid[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["exact"]
+
+    figure, axes = _new(
+        title, width=2.6 + 0.85 * max(4, len(lengths)), height=1.8 + 0.36 * max(5, len(depths))
+    )
+    image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    if grid.size <= 400:
+        for (row, column), exact in np.ndenumerate(grid):
+            if np.isfinite(exact):
+                colour = "black" if exact > 0.55 else "white"
+                axes.text(column, row, f"{exact:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks(range(len(lengths)), [short_number(n) for n in lengths])
+    axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}%" for depth in depths])
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    # A column is trained up to the edge behind the last length that training reached.
+    edge = sum(length <= train_length for length in lengths) - 0.5
+    axes.axvline(edge, color=COLOURS[1], linewidth=2)
+    axes.annotate(
+        f"trained to {short_number(train_length)}",
+        (edge, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="center" if edge > 0 else "left",
+        color=COLOURS[1],
+        fontsize=9,
+    )
+    axes.set_xlabel("prompt length (tokens)")
+    axes.set_ylabel("needle depth (0% = start of prompt)")
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label("exact match")
+    bar.outline.set_visible(False)
+    return figure
+
+
+def loss_by_position(
+    series: Mapping[str, Mapping[str, Sequence[Any]]], train_length: int, *, title: str = "Loss by position"
+) -> Figure:
+    """Loss over position, one colour a label: pale as measured, bold its mean over stretches of one training
+    length, longer ones far out where the axis crowds them. Gaps where it was not finite.
+
+    series: label -> {"position": [...], "loss": [...]}.
+    """
+    figure, axes = _new(title)
+    for i, (label, curve) in enumerate(series.items()):
+        position = np.array(curve["position"])
+        loss = np.array([np.nan if value is None else value for value in curve["loss"]])
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot(position, loss, color=colour, alpha=0.35, linewidth=1)
+        _, stretch = np.unique(_stretches(position, train_length), return_inverse=True)
+        middles, means = (np.bincount(stretch, of) / np.bincount(stretch) for of in (position, loss))
+        axes.plot(middles, means, label=label, color=colour, linewidth=2, marker=".", zorder=3)
+    positions = [p for curve in series.values() for p in curve["position"]]
+    _length_axis(axes, _powers_of_two(min(positions), max(positions)), "position (tokens)")
+    _mark_train_length(axes, train_length)
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="best", frameon=False)
+    words = f"pale: as measured; bold: mean over stretches of {short_number(train_length)} tokens or more"
+    figure.supxlabel(words, fontsize=8, color=GREY, x=0.98, ha="right")
+    return figure
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    return path
+
+
+def short_number(n: float) -> str:
+    """256, 1K, 16K, 1M: powers of two in binary thousands, anything else rounded."""
+    for unit, name in ((2**20, "M"), (2**10, "K")):
+        if n >= unit:
+            return f"{n / unit:.3g}{name}"
+    return f"{n:g}"
+
+
+def _new(title: str, width: float = 7.0, height: float = 4.2) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    figure.suptitle(title, fontsize=12, x=0.02, ha="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _length_axis(axes: Axes, ticks: Sequence[float], label: str) -> None:
+    """A log axis with its labels at the measured lengths."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: short_number(n)))
+    axes.set_xlabel(label)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _mark_train_length(axes: Axes, train_length: int | None) -> None:
+    if train_length is None:
+        return
+    axes.axvline(train_length, color=GREY, linestyle="--", linewidth=1.2, zorder=2)
+    axes.annotate(
+        f"training length {short_number(train_length)}",
+        (train_length, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, 3),
+        textcoords="offset points",
+        color=GREY,
+        fontsize=9,
+    )
+
+
+def _stretches(position: NDArray[np.float64], train_length: int) -> NDArray[np.int64]:
+    """The stretch that each position lies in: whole training lengths, about a sixth of the way so far."""
+    ends = [train_length]
+    while ends[-1] < position[-1]:
+        ends.append(ends[-1] + train_length * max(1, ends[-1] // (6 * train_length)))
+    return np.searchsorted(ends, position)
+
+
+def _powers_of_two(low: float, high: float) -> list[float]:
+    first, last = int(np.floor(np.log2(low))), int(np.ceil(np.log2(high)))
+    step = max(1, -(-(last - first) // 11))
+    return [2.0**i for i in range(first, last + 1, step)]

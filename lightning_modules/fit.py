@@ -1,0 +1,153 @@
+"""One training run, from an open run directory to its result."""
+
+import logging
+import resource
+import time
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from conf.load import flatten
+from conf.schema import TrainConfig
+from data.module import TokenDataModule
+from lightning_modules.callbacks.metrics import LogMetrics, TrackerLogger
+from lightning_modules.callbacks.progress import Progress
+from lightning_modules.callbacks.saving import AtomicCheckpointIO, SaveCheckpoints
+from lightning_modules.callbacks.summary import PrintSummary
+from lightning_modules.checkpoints import checkpoint_path, find_newest
+from lightning_modules.language_model import LanguageModel
+from lightning_modules.run_dir import RunDir, config_hash, require_same_settings
+from lightning_modules.termination import Termination
+from lightning_modules.tracking import Tracker
+
+# Lightning's notices that say nothing about this run; the rest, and all warnings, come through.
+LIGHTNING_CHATTER = (
+    "GPU available",
+    "TPU available",
+    "HPU available",
+    "Using bfloat16",
+    "Using 16bit",
+    "Restoring states",
+    "Restored all states",
+    "Loaded model weights",
+    "`Trainer.fit` stopped",
+    "💡 Tip",
+)
+
+
+def fit(run: RunDir) -> dict[str, Any]:
+    """Train to `trainer.max_steps`, from the newest checkpoint if there is one, and validate at the end.
+
+    Returns what result.json holds. Raises ValueError (one line) before the first step for what the user can
+    mend, RunError for a run that failed, Terminated after a signal; MLflow reads FAILED or KILLED then.
+    """
+    config, began = run.config, time.monotonic()
+    prepare_process(config)
+    checkpoint_io = AtomicCheckpointIO(find_newest(run.checkpoints))
+    if checkpoint_io.path is not None:
+        require_same_settings(checkpoint_io.path, checkpoint_io.config(), config)
+        print(f"continuing from {checkpoint_io.path}", flush=True)
+    tags = {"seed": str(config.seed), "config_hash": config_hash(config)}
+    tracker = Tracker(config.tracking, run.path, name=run.name, params=flatten(config), tags=tags)
+    with Termination() as termination, tracker:
+        tracker.log_artifact(run.path / "config.yaml")
+        metrics = LogMetrics(config, tracker)
+        saving = SaveCheckpoints(config, run.checkpoints, termination, tracker.run_id)
+        callbacks = [metrics, Progress(config, metrics), PrintSummary(), saving]
+        trainer = build_trainer(run, tracker, callbacks, checkpoint_io)
+        try:
+            module, data = LanguageModel(config), TokenDataModule(config)
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint_io.path, weights_only=True)
+            if metrics.val_step != config.trainer.max_steps:
+                trainer.validate(module, datamodule=data, verbose=False)
+        except ValueError as error:
+            if metrics.started:  # not the user's mistake: show where it comes from
+                raise RuntimeError(f"after step {trainer.global_step}: {error}") from error
+            raise
+        result = {
+            "status": "completed",
+            "command": "train",
+            "metrics": final_metrics(config, metrics),
+            "mlflow_run_id": tracker.run_id,
+            "tracking_complete": False,
+            "checkpoint": str(
+                checkpoint_path(run.checkpoints, config.trainer.max_steps).relative_to(run.path)
+            ),
+            "steps": config.trainer.max_steps,
+            "seconds": metrics.seconds,
+            "seconds_this_start": time.monotonic() - began,
+        }
+        if trainer.is_global_zero:
+            run.write_result(result)
+            tracker.log_artifact(run.path / "result.json")
+    result["tracking_complete"] = tracker.complete
+    if trainer.is_global_zero:
+        run.write_result(result)
+    return result
+
+
+def prepare_process(config: TrainConfig) -> None:
+    """Threads, seeds, and silence about what concerns no one."""
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    # Deterministic algorithms would also fill every new tensor with NaN first: slow, and nothing reads those.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_not_chatter)
+    # Lightning 2.6 calls a PyTorch function by its old name, on every batch.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+
+
+def build_trainer(
+    run: RunDir, tracker: Tracker, callbacks: list[pl.Callback], checkpoint_io: AtomicCheckpointIO
+) -> pl.Trainer:
+    settings, optim = run.config.trainer, run.config.optim
+    on_cpu = settings.accelerator == "cpu" or not torch.cuda.is_available()
+    return pl.Trainer(
+        accelerator="cpu" if on_cpu else "cuda",
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=settings.strategy,
+        precision=settings.precision,
+        max_steps=settings.max_steps,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=optim.grad_clip or None,
+        val_check_interval=settings.val_every * settings.accumulate,  # counted in micro-batches
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=settings.log_every,
+        use_distributed_sampler=False,  # data/batches.py shares samples among ranks
+        deterministic=on_cpu,
+        logger=TrackerLogger(tracker),
+        callbacks=callbacks,
+        plugins=[checkpoint_io],
+        default_root_dir=run.path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def final_metrics(config: TrainConfig, metrics: LogMetrics) -> dict[str, float]:
+    """The last validation and training metrics; tokens, speed over all restarts, and peak memory in MiB."""
+    tokens = config.trainer.max_steps * metrics.tokens_per_step
+    return {
+        **metrics.last,
+        **metrics.val_metrics,
+        "tokens": float(tokens),
+        "tokens_per_second": tokens / metrics.seconds,
+        "peak_memory_mib": peak_memory_mib(),
+    }
+
+
+def peak_memory_mib() -> float:
+    """Most memory that this process has held at once: the GPU's where it used one, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _is_not_chatter(record: logging.LogRecord) -> bool:
+    return not record.getMessage().lstrip().startswith(LIGHTNING_CHATTER)

@@ -1,0 +1,160 @@
+"""The model as Lightning trains it: loss, optimizer, and metrics that do not depend on how a batch is cut."""
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+from conf.schema import TrainConfig
+from kernels.cross_entropy import linear_cross_entropy
+from lightning_modules.backbone import Mamba2LM
+from lightning_modules.finite import first_non_finite_gradient, first_non_finite_parameter, watch_forward
+from lightning_modules.mitigations import build_mitigation
+from lightning_modules.optim import build_optimizer, build_schedule
+from lightning_modules.run_dir import RunError
+
+Batch = dict[str, Tensor]
+
+
+class LanguageModel(pl.LightningModule):
+    """Next-token training of a Mamba2LM.
+
+    The loss of an optimizer step is sum(weight * nll) / sum(weight) over the step's tokens, on all ranks and
+    in all micro-batches. training_step returns the sum alone; before the optimizer steps, the gradients are
+    divided by the sum of the weights. So accumulation and ranks give the big batch's gradient also where
+    weights are uneven, as in packed documents.
+    """
+
+    model: Mamba2LM
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.mitigation = build_mitigation(config.mitigation)
+        self.train_loss = self.grad_norm = math.nan  # of the last optimizer step
+        self.val_metrics: dict[str, float] = {}  # of the last validation
+        self._sums: dict[str, Tensor] = {}
+        self._micro_batches: list[Batch] = []
+
+    def configure_model(self) -> None:
+        """Build the model once; initial weights depend on the seed alone."""
+        if "model" in self._modules:
+            return
+        torch.manual_seed(self.config.seed)
+        self.model = Mamba2LM(self.config.model)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.model, self.config.optim)
+        schedule = build_schedule(optimizer, self.config.optim, self.config.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """sum(weight * nll) of a micro-batch."""
+        losses, _ = self.model.token_losses(
+            batch["ids"],
+            batch["targets"],
+            document_starts=batch.get("document_starts"),
+            mitigation=self.mitigation,
+        )
+        loss = (batch["loss_weight"] * losses).sum()
+        self._add("loss", loss.detach())
+        self._add("weight", batch["loss_weight"].sum())
+        self._micro_batches.append(batch)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the step's weight. Raises RunError if the loss is not finite."""
+        sums = self._reduce_sums()
+        self.train_loss = sums["loss"] / sums["weight"]
+        if not math.isfinite(self.train_loss):
+            raise self._non_finite(f"train loss is {self.train_loss}", self._micro_batches)
+        # Lightning has averaged over micro-batches, DDP over ranks.
+        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, shares / sums["weight"])
+        self._micro_batches.clear()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm and note it. Raises RunError if it is not finite."""
+        limit = gradient_clip_val or math.inf
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit).item()
+        if not math.isfinite(self.grad_norm):
+            where = first_non_finite_gradient(self.model) or "the norm alone, which overflowed"
+            raise RunError(
+                f"after step {self.global_step}: gradient norm is {self.grad_norm}; first there: {where}"
+            )
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = {}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Sums for val/loss; for rows with an answer also whether each of its tokens is the likeliest."""
+        hidden, _ = self.model.hidden(
+            batch["ids"], document_starts=batch.get("document_starts"), mitigation=self.mitigation
+        )
+        losses = linear_cross_entropy(hidden, self.model.lm_head.weight, batch["targets"])
+        loss = (batch["loss_weight"] * losses).sum()
+        self._add("loss", loss)
+        self._add("weight", batch["loss_weight"].sum())
+        if not math.isfinite(loss.item()):
+            raise self._non_finite(f"val/loss is {loss.item()}", [batch])
+        answer = batch["answer"]
+        guesses = F.linear(hidden[answer], self.model.lm_head.weight).argmax(-1)
+        wrong = torch.zeros_like(answer)
+        wrong[answer] = guesses != batch["targets"][answer]
+        rows = answer.any(1)
+        self._add("digits", answer.sum())
+        self._add("right_digits", answer.sum() - wrong.sum())
+        self._add("rows", rows.sum())
+        self._add("right_rows", (rows & ~wrong.any(1)).sum())
+        self._add("answer_loss", losses[answer].sum())
+
+    def on_validation_epoch_end(self) -> None:
+        sums = self._reduce_sums()
+        self.val_metrics = {"val/loss": sums["loss"] / sums["weight"]}
+        if sums["rows"]:
+            self.val_metrics["val/exact"] = sums["right_rows"] / sums["rows"]
+            self.val_metrics["val/digits"] = sums["right_digits"] / sums["digits"]
+            self.val_metrics["val/answer_loss"] = sums["answer_loss"] / sums["digits"]
+        # For callbacks that monitor a metric; our own logger gets them with the number of finished steps.
+        self.log_dict(self.val_metrics, logger=False, sync_dist=True)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.double()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _reduce_sums(self) -> dict[str, float]:
+        """The sums over all ranks as floats, in one transfer; starts new ones."""
+        names = sorted(self._sums)
+        values = torch.stack([self._sums[name] for name in names])
+        values = self.trainer.strategy.reduce(values, reduce_op="sum")
+        self._sums = {}
+        sums = dict(zip(names, values.tolist(), strict=True))
+        if sums["weight"] == 0:
+            raise RunError(f"after step {self.global_step}: no token of the batch has a loss weight")
+        return sums
+
+    def _non_finite(self, what: str, batches: list[Batch]) -> RunError:
+        """The error that names the first tensor to blame: a parameter, or one that the forward pass makes."""
+        where = first_non_finite_parameter(self.model)
+        precision = self.trainer.precision_plugin.forward_context()
+        with torch.no_grad(), precision, watch_forward(self.model) as found:
+            for batch in batches if where is None else []:
+                if not found:
+                    self.model.token_losses(
+                        batch["ids"],
+                        batch["targets"],
+                        document_starts=batch.get("document_starts"),
+                        mitigation=self.mitigation,
+                    )
+        where = where or (found[0] if found else "the loss itself")
+        return RunError(f"after step {self.global_step}: {what}; first not finite: {where}")

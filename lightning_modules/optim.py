@@ -1,0 +1,52 @@
+"""AdamW with Mamba-2's decay groups, and the warmup-stable-decay schedule."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from conf.schema import OptimConfig
+
+# Beside norms and biases. They set how long a head remembers: pulled towards zero they all remember alike.
+NO_DECAY = ("A_log", "D", "dt_bias")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: matrices and convolutions decay; A_log, D, dt_bias, norms and biases do not.
+
+    Each group carries its parameters' names under `param_names`. A shared parameter appears once.
+    """
+    groups: dict[str, dict[str, Any]] = {
+        "decay": {"weight_decay": weight_decay, "params": [], "param_names": []},
+        "no_decay": {"weight_decay": 0.0, "params": [], "param_names": []},
+    }
+    for name, parameter in model.named_parameters():
+        decays = parameter.ndim >= 2 and name.rpartition(".")[2] not in NO_DECAY
+        group = groups["decay" if decays else "no_decay"]
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    return list(groups.values())
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, max_steps: int) -> LambdaLR:
+    return LambdaLR(optimizer, lambda step: lr_factor(step, config, max_steps))
+
+
+def lr_factor(step: int, config: OptimConfig, max_steps: int) -> float:
+    """lr / peak lr of optimizer step `step` (from 0): linear warmup, 1, linear decay to min_lr_ratio.
+
+    Step warmup_steps - 1 is the first at the peak; step max_steps - 1 is at min_lr_ratio.
+    """
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    decay_steps = round(config.decay_fraction * max_steps)
+    into_decay = step + 1 - (max_steps - decay_steps)
+    if into_decay <= 0:
+        return warmup
+    share = min(1.0, into_decay / decay_steps)
+    return min(warmup, 1.0 - (1.0 - config.min_lr_ratio) * share)

@@ -1,0 +1,80 @@
+"""Train one model, or continue where a killed run stopped.
+
+    python -m lightning_modules.train CONFIG.yaml [more.yaml ...] [key=value ...]
+
+YAML files hold differences from the defaults and merge left to right; key=value comes last. The same command
+finds its own run again: it continues from the last checkpoint, or prints the result of a completed run.
+
+    python -m lightning_modules.train conf/train/smoke.yaml
+    python -m lightning_modules.train conf/train/demo.yaml model.d_state=32 run_dir=runs/small-state
+    python -m lightning_modules.train runs/small-state/config.yaml                    # continue or verify it
+    python -m lightning_modules.train runs/small-state/config.yaml run_dir=runs/again # repeat it
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from conf.load import flatten, from_command_line, user_errors
+from conf.schema import TrainConfig
+from lightning_modules.run_dir import (
+    RunError,
+    is_rank_zero,
+    locate,
+    open_run_dir,
+    read_result,
+    require_same_config,
+    write_json,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    config = from_command_line(TrainConfig, __doc__ or "", argv)
+    with user_errors():
+        path = locate(config, argv)
+        require_same_config(path, config)
+        result = read_result(path)
+        if result is None:
+            result = train(path, config)
+        elif not result["tracking_complete"]:
+            send_rest(path, config, result)
+    if is_rank_zero():
+        print_result(path, result)
+    return 0
+
+
+def train(path: Path, config: TrainConfig) -> dict[str, Any]:
+    """Run or resume the training in `path`; returns its result. Exits with status 1 if the run fails."""
+    run = open_run_dir(path, config)
+    try:
+        # The heavy imports come once the command is known to be right and the directory ours.
+        from lightning_modules.fit import fit
+
+        return fit(run)
+    except RunError as error:
+        print(f"error: {path}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    finally:
+        run.close()
+
+
+def send_rest(path: Path, config: TrainConfig, result: dict[str, Any]) -> None:
+    """Send to MLflow what its store could not take while the run lasted."""
+    from lightning_modules.tracking import Tracker
+
+    tracker = Tracker(config.tracking, path, name=path.resolve().name, params=flatten(config))
+    with tracker:
+        tracker.log_artifact(path / "result.json")
+    result["tracking_complete"] = tracker.complete
+    write_json(path / "result.json", result)
+
+
+def print_result(path: Path, result: dict[str, Any]) -> None:
+    print(f"{result['status']}: {path / 'result.json'}")
+    for name, value in result["metrics"].items():
+        print(f"  {name:<22} {value:,.6g}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""File locks that end with their holder: the kernel drops an flock when its process ends, however it ends."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from optuna.storages.journal import JournalFileSymlinkLock
+
+
+class ProcessLock:
+    """An exclusive lock on a file, held until `release` or the process's end; children do not inherit it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def try_acquire(self) -> bool:
+        """Take the lock unless another process (or another ProcessLock of this one) holds it."""
+        return self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        return self._lock(fcntl.LOCK_EX)
+
+    def release(self) -> None:
+        assert self._descriptor is not None, f"{self.path}: released but not held"
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def _lock(self, operation: int) -> bool:
+        assert self._descriptor is None, f"{self.path}: already held"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, operation)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor = descriptor
+        return True
+
+
+@contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """Run the block while holding the lock at `path`."""
+    lock = ProcessLock(path)
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class JournalLock(JournalFileSymlinkLock):
+    """The lock of an Optuna journal, as an flock.
+
+    Optuna's own are files that outlive a killed holder: everybody then waits 30 seconds, or for ever where
+    the journal's path is relative.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        super().__init__(str(journal))
+        self._lock = ProcessLock(journal.with_name(journal.name + ".lock"))
+
+    def acquire(self) -> bool:
+        return self._lock.acquire()
+
+    def release(self) -> None:
+        self._lock.release()

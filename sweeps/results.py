@@ -1,0 +1,249 @@
+"""What a sweep has measured, read back from its run directories: nothing here changes anything.
+
+Three words are kept apart, as lightning_modules.evaluation.conclusion judges them: unsolved at the training
+length, collapse (recent needles lost beyond it), forgetting (far needles lost where recent ones are found).
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from conf.search_space import Point
+from conf.sweep_schema import SweepConfig
+from sweeps.studies import point_of, run_directory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A measured exact match and its 95% interval."""
+
+    exact: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One finished trial with its passkey evaluation (empty where another suite was run)."""
+
+    number: int
+    run_dir: Path
+    point: Point
+    seed: int | None
+    value: float
+    seconds: float
+    metrics: dict[str, float]
+    train_length: int
+    recent: dict[int, Share]
+    recall: dict[int, Share]
+    conclusion: dict[str, Any]
+
+    @property
+    def in_length(self) -> float | None:
+        """Exact match at the training length, needles at all depths."""
+        return self.conclusion["in_length_exact"]
+
+    @property
+    def beyond(self) -> float | None:
+        """Mean exact match on recent needles, from 16 times the training length on."""
+        return self.metrics.get("passkey/recent_exact_beyond")
+
+    @property
+    def is_solved(self) -> bool:
+        return bool(self.conclusion["solved"])
+
+    @property
+    def label(self) -> str:
+        return describe(self.point, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """A trial without a result: its last words."""
+
+    name: str
+    point: Point
+    error: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mended:
+    """One model under its mitigations: every setting tried, and the comparison on fresh prompts."""
+
+    model: Measured
+    tried: list[Measured]
+    compared: list[Measured]
+
+    @property
+    def baseline(self) -> Measured | None:
+        return next((measured for measured in self.compared if mitigation(measured) == "none"), None)
+
+    def cost(self, measured: Measured) -> float | None:
+        """Exact match lost at the training length, on the comparison's prompts; None where unmeasured."""
+        before = self.baseline.in_length if self.baseline else None
+        return None if before is None or measured.in_length is None else before - measured.in_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    config: SweepConfig
+    models: list[Measured]
+    mended: list[Mended]
+    failed: list[Failed]
+    open: int
+
+
+def collect(study_dir: Path, config: SweepConfig, studies: list[Study]) -> Results:
+    """Read every study and the evaluations of its finished trials."""
+    by_name = {study.study_name: study for study in studies}
+    train = by_name.get("train")
+    models = finished(study_dir, train) if train else []
+    mended = []
+    for model in models:
+        tried, compared = (by_name.get(f"{stage}-{model.number:04d}") for stage in ("mitigation", "confirm"))
+        if tried:
+            mended.append(
+                Mended(
+                    model=model,
+                    tried=finished(study_dir, tried),
+                    compared=finished(study_dir, compared) if compared else [],
+                )
+            )
+    trials = [trial for study in studies for trial in study.get_trials(deepcopy=False)]
+    return Results(
+        config=config,
+        models=models,
+        mended=mended,
+        failed=[failure for study in studies for failure in _failures(study)],
+        open=sum(not trial.state.is_finished() for trial in trials),
+    )
+
+
+def finished(study_dir: Path, study: Study) -> list[Measured]:
+    """The completed trials of a study, in the order of their numbers."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [_read(run_directory(study_dir, study, trial.number), study, trial) for trial in trials]
+
+
+def shown_seed(study: Study, trial: FrozenTrial) -> int | None:
+    """The seed, where it tells trials apart."""
+    seeds = {other.user_attrs.get("seed") for other in study.get_trials(deepcopy=False)}
+    return trial.user_attrs["seed"] if len(seeds) > 1 else None
+
+
+def worst_collapse(models: Iterable[Measured], config: SweepConfig) -> list[Measured]:
+    """The models to mend: of those that have learnt their task, the ones that lose most recent needles beyond
+    their training length, the worst first."""
+    stage = config.mitigation
+    able = [m for m in models if m.beyond is not None and (m.is_solved or stage.include_unsolved)]
+    return sorted(able, key=lambda model: (model.beyond, model.number))[: stage.checkpoints]
+
+
+def best_settings(tried: list[Measured], config: SweepConfig) -> list[Measured]:
+    """The best setting of each mitigation: the best value among those whose in-length cost is allowed, else
+    the cheapest."""
+    baseline = next((measured for measured in tried if mitigation(measured) == "none"), None)
+    names = dict.fromkeys(mitigation(measured) for measured in tried if mitigation(measured) != "none")
+    sign = 1 if config.mitigation.direction == "maximize" else -1
+    best = []
+    for name in names:
+        settings = [measured for measured in tried if mitigation(measured) == name]
+        if baseline is not None and baseline.in_length is not None:
+            allowed = [
+                m for m in settings if baseline.in_length - (m.in_length or 0) <= config.mitigation.max_cost
+            ]
+            settings = allowed or [max(settings, key=lambda m: m.in_length or 0)]
+        best.append(max(settings, key=lambda m: sign * m.value))
+    return best
+
+
+def table_rows(results: Results) -> list[dict[str, Any]]:
+    """Every finished trial as one flat row, for results.csv; what a row lacks is left out."""
+    stages = [("train", model) for model in results.models]
+    for mended in results.mended:
+        stages += [("mitigation", one) for one in mended.tried] + [
+            ("confirm", one) for one in mended.compared
+        ]
+    rows = []
+    for stage, one in stages:
+        kept = ("in_length_exact", "solved", "collapse_length", "forgetting_length")
+        row = {"stage": stage, "run_dir": str(one.run_dir), **one.point, "seed": one.seed, "value": one.value}
+        row |= {"seconds": one.seconds, "train_length": one.train_length}
+        row |= {name: one.conclusion[name] for name in kept}
+        for name, shares in (("recent", one.recent), ("recall", one.recall)):
+            row |= {f"{name}_{length}": share.exact for length, share in shares.items()}
+        rows.append({name: value for name, value in row.items() if value is not None})
+    return rows
+
+
+def mitigation(measured: Measured) -> str:
+    return measured.point["mitigation.name"]
+
+
+def describe(point: Point, seed: int | None = None) -> str:
+    """`train_length 256, d_state 16` or `forget_more alpha_scale 0.999`: a factor of 1 is left out."""
+    name = point.get("mitigation.name")
+    short = {key.rsplit(".", 1)[-1]: value for key, value in point.items() if key != "mitigation.name"}
+    if seed is not None:
+        short["seed"] = seed
+    settings = [
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in short.items()
+        if name is None or value != 1.0
+    ]
+    if name is None or list(short) == [name]:
+        return ", ".join(settings)
+    return f"{name} {', '.join(settings)}".strip()
+
+
+def _read(run_dir: Path, study: Study, trial: FrozenTrial) -> Measured:
+    evaluated = run_dir / "evaluation" if study.user_attrs["stage"] == "train" else run_dir
+    try:
+        metrics = _metrics(run_dir) | _metrics(evaluated)
+        evaluation = json.loads((evaluated / "evaluation.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{run_dir}: has finished, but its results cannot be read ({error})") from None
+    passkey = evaluation.get("passkey") or {}
+    assert trial.value is not None
+    return Measured(
+        number=trial.number,
+        run_dir=run_dir,
+        point=point_of(trial),
+        seed=shown_seed(study, trial),
+        value=trial.value,
+        seconds=trial.user_attrs["seconds"],
+        metrics=metrics,
+        train_length=evaluation["train_length"],
+        recent=_shares(passkey.get("recent", [])),
+        recall=_shares(passkey.get("recall_by_length", [])),
+        conclusion=evaluation["conclusion"],
+    )
+
+
+def _metrics(run_dir: Path) -> dict[str, float]:
+    return json.loads((run_dir / "result.json").read_text())["metrics"]
+
+
+def _shares(rows: list[dict[str, Any]]) -> dict[int, Share]:
+    return {
+        row["length"]: Share(exact=row["exact"], low=row["exact_low"], high=row["exact_high"]) for row in rows
+    }
+
+
+def _failures(study: Study) -> list[Failed]:
+    """Planned trials that have failed and were not done again since."""
+    latest = {trial.user_attrs["plan"]: trial for trial in study.get_trials(deepcopy=False)}
+    return [
+        Failed(
+            name=f"{study.study_name}/trial-{trial.number:04d}",
+            point=point_of(trial),
+            error=trial.user_attrs.get("error", "ended without a word"),
+        )
+        for trial in latest.values()
+        if trial.state == TrialState.FAIL
+    ]

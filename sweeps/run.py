@@ -1,0 +1,28 @@
+"""python -m sweeps.run conf/sweep/NAME.yaml [key=value ...]
+
+Run a sweep to its end: train models over a space, try mitigations on those that collapse worst, report. Safe
+to interrupt (Ctrl-C) and to start again with the same command, which goes on. Everything is left in study_dir
+(runs/<name>) and in MLflow.
+
+Ends with 0, with 1 when trials have failed, with 2 for a config that does not hold.
+"""
+
+import shlex
+import sys
+
+from conf.load import from_command_line, user_errors
+from conf.sweep_schema import SweepConfig, check
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    config = from_command_line(SweepConfig, __doc__ or "", argv)
+    with user_errors():
+        check(config)
+        from sweeps.conduct import conduct
+
+        return conduct(config, command=shlex.join(["python", "-m", "sweeps.run", *argv]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

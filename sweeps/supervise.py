@@ -1,0 +1,111 @@
+"""The workers of a running sweep: started, replaced when they die, stopped together."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from optuna.study import Study
+
+from conf.sweep_schema import SweepConfig
+from sweeps.studies import is_open, to_take
+from sweeps.tether import tethered
+from sweeps.trial import STOP_GRACE_SECONDS, last_words
+from sweeps.worker import STOPPED, TOO_MANY_FAILURES
+
+
+class SweepFailed(Exception):
+    """The sweep cannot go on; the message says why and what to do."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The sweep was asked to stop and has stopped its workers and their trials."""
+
+
+class Workers:
+    """Up to `config.workers` processes of sweeps.worker on one study directory.
+
+    They die with this process (SIGTERM, so that trials save first), and trials die with them.
+    """
+
+    def __init__(
+        self, study_dir: Path, config: SweepConfig, signals: list[int], say: Callable[[str], None]
+    ) -> None:
+        """signals: fills with what this process receives; one asks for the end, a second hurries it."""
+        self.study_dir, self.config, self.signals, self.say = study_dir, config, signals, say
+        self.since = time.time()
+        self.crashes = 0
+        self._slots: dict[int, subprocess.Popen] = {}
+
+    def run(self, studies: list[Study], watch: Callable[[], None]) -> None:
+        """Keep workers at it until every trial of the studies has ended, calling `watch` twice a second.
+
+        Raises Stopped after a signal, SweepFailed after too many failed trials or crashed workers.
+        """
+        try:
+            while any(is_open(study) for study in studies):
+                if self.signals:
+                    self.say("Stopping: running trials save what they have (Ctrl-C again to kill them) ...")
+                    raise Stopped
+                self._collect()
+                self._start_missing(studies)
+                watch()
+                time.sleep(0.5)
+            watch()
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """Ask every worker to end and wait; one that hangs is killed, and the kernel kills its trial."""
+        for process in self._slots.values():
+            process.terminate()
+        deadline = time.monotonic() + STOP_GRACE_SECONDS + 5
+        while any(process.poll() is None for process in self._slots.values()):
+            if time.monotonic() > deadline or len(self.signals) > 1:
+                for process in self._slots.values():
+                    process.kill()
+            time.sleep(0.05)
+        self._slots.clear()
+
+    def log(self, index: int) -> Path:
+        return self.study_dir / "workers" / f"worker-{index}.txt"
+
+    def _collect(self) -> None:
+        for index, process in list(self._slots.items()):
+            status = process.poll()
+            if status is None:
+                continue
+            del self._slots[index]
+            if status == TOO_MANY_FAILURES:
+                raise SweepFailed(
+                    f"stopped after {self.config.max_failures} failed trials in a row (max_failures); "
+                    "the log.txt of their run directories say more"
+                )
+            if status not in (0, STOPPED):
+                self.crashes += 1
+            if self.crashes > 2 * self.config.workers:
+                raise SweepFailed(f"workers keep ending with status {status}: {last_words(self.log(index))}")
+
+    def _start_missing(self, studies: list[Study]) -> None:
+        """As many workers as there is work for; a trial whose worker died counts as work."""
+        if len(self._slots) >= self.config.workers:
+            return
+        free = [index for index in range(self.config.workers) if index not in self._slots]
+        for index in free[: to_take(self.study_dir, studies)]:
+            self._slots[index] = self._start(index)
+
+    def _start(self, index: int) -> subprocess.Popen:
+        arguments = [f"study={self.study_dir}", f"index={index}", f"since={self.since}"]
+        command = [sys.executable, "-m", "sweeps.worker", *arguments]
+        self.log(index).parent.mkdir(exist_ok=True)
+        with self.log(index).open("a") as output:
+            return subprocess.Popen(
+                tethered(command, "SIGTERM"),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # Ctrl-C reaches this process alone, which stops them
+            )

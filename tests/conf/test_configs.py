@@ -1,0 +1,122 @@
+"""Every shipped config loads; every mistake is answered at once, in one line, without importing torch."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.load import flatten, from_dict, parse, to_dict, to_yaml
+from conf.schema import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted(ROOT.glob("conf/train/*.yaml"))
+
+
+def test_configs_are_shipped() -> None:
+    assert {"demo", "smoke", "documents"} <= {path.stem for path in SHIPPED}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = parse(TrainConfig, [str(path)])
+    copy = tmp_path / "config.yaml"
+    copy.write_text(to_yaml(config))
+    assert parse(TrainConfig, [str(copy)]) == config
+    assert from_dict(TrainConfig, to_dict(config)) == config
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("seed: 1\nmodel: {d_state: 32}\n")
+    (tmp_path / "b.yaml").write_text("seed: 2\n")
+    config = parse(TrainConfig, [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "optim.lr=1e-4"])
+    assert (config.seed, config.model.d_state, config.optim.lr) == (2, 32, 1e-4)
+    assert flatten(config)["optim.lr"] == 1e-4
+
+
+MISTAKES = {
+    "model.d_stat=32": ["d_stat", "d_state"],  # a typo gets a suggestion
+    "model.d_state=large": ["model.d_state", "large"],
+    "model.d_state=2.5": ["model.d_state", "2.5"],
+    "data.name=pile": ["data.name", "pile"],
+    "model.headdim=48": ["model.headdim=48", "divide", "256"],
+    "model.n_groups=3": ["model.n_groups=3", "divide", "8"],
+    "model.chunk_size=48": ["model.chunk_size=48", "power of two"],
+    "model.chunk_size=8": ["model.chunk_size=8", "16"],
+    "data.train_length=0": ["data.train_length=0", "at least 1"],
+    "data.batch_size=0": ["data.batch_size=0", "at least 1"],
+    "trainer.max_steps=0": ["trainer.max_steps=0", "at least 1"],
+    "trainer.accumulate=5": ["data.batch_size=32", "multiple of", "5"],
+    "optim.lr=0": ["optim.lr=0", "positive"],
+    "optim.lr=nan": ["optim.lr=nan", "positive"],
+    "model.vocab_size=100": ["model.vocab_size=100", "256"],
+    "mitigation.alpha_scale=0.9": ["mitigation.alpha_scale=0.9", "mitigation.name=forget_more"],
+    "data.curriculum_steps=5": ["data.curriculum_steps=5", "data.curriculum_length"],
+    "data.curriculum_length=100": ["data.curriculum_length=100", "divide"],
+    "--seed=1": ["--seed=1", "without dashes"],
+    "seed": ["seed", "key=value"],
+    "missing.yaml": ["missing.yaml", "no such config file"],
+}
+
+
+@pytest.mark.parametrize(("argument", "fragments"), MISTAKES.items(), ids=MISTAKES.keys())
+def test_a_mistake_is_named_in_one_line(argument: str, fragments: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
+        parse(TrainConfig, [argument])
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_bad_yaml_is_named_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("model: {d_state: 32\nseed: [")
+    with pytest.raises(ValueError, match=r"\A[^\n]*bad.yaml[^\n]*not valid YAML[^\n]*\Z"):
+        parse(TrainConfig, [str(file)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "stream", "fragment"),
+    [
+        (["--help"], 0, "stdout", "trainer.max_steps=1000"),
+        (["print_config=true"], 0, "stdout", "max_steps: 1000"),
+        (["model.headdim=48"], 2, "stderr", "error: model.headdim=48: must divide"),
+        (["model.d_stat=48"], 2, "stderr", "error: "),
+    ],
+    ids=["help", "print_config", "shape", "typo"],
+)
+def test_the_command_answers_within_a_second(
+    arguments: list[str], status: int, stream: str, fragment: str
+) -> None:
+    seconds = []
+    for _ in range(5):  # other processes may take the machine for a while
+        begin = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "lightning_modules.train", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        seconds.append(time.monotonic() - begin)
+        if seconds[-1] < 1.0:
+            break
+    assert done.returncode == status
+    assert fragment in getattr(done, stream)
+    if status:
+        assert len(done.stderr.splitlines()) == 1
+    assert min(seconds) < 1.0, seconds
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["model.headdim=48"]], ids=["help", "error"])
+def test_the_command_answers_without_torch(arguments: list[str]) -> None:
+    program = (
+        "import sys\nfrom lightning_modules.train import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'lightning', 'mlflow', 'numpy', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,50 @@
+"""Shared by every room: fixed seeds, one thread, reproducible hypothesis, comparison of tensors."""
+
+from collections.abc import Callable
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+# No deadline: the first example pays for lazy initialisation. No database: runs leave nothing behind.
+hypothesis.settings.register_profile(
+    "longstate", derandomize=True, deadline=None, database=None, print_blob=True, max_examples=50
+)
+hypothesis.settings.load_profile("longstate")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed_and_threads() -> None:
+    """Every test starts from the same random state, on one thread (faster for small tensors)."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+CheckClose = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def check_close() -> CheckClose:
+    """`check_close(actual, expected, tolerance, name, floor=0.0)`: relative L2 and relative maximum error."""
+    return assert_close
+
+
+def assert_close(
+    actual: Tensor, expected: Tensor, tolerance: float, name: str = "value", floor: float = 0.0
+) -> None:
+    """Both ||a - e|| <= tolerance * max(||e||, floor) in L2 and the same in the maximum norm.
+
+    `floor` is the magnitude of the terms that cancel in a quantity whose true value may be zero.
+    """
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
+    assert actual.isfinite().all(), f"{name}: not finite"
+    actual, expected = actual.detach().double(), expected.detach().double()
+    for norm in (2.0, float("inf")):
+        error = torch.linalg.vector_norm(actual - expected, norm).item()
+        scale = max(torch.linalg.vector_norm(expected, norm).item(), floor)
+        assert error <= tolerance * scale, (
+            f"{name}: norm {norm} error {error:.3g} of {scale:.3g} > {tolerance:.0e}"
+        )

@@ -1,0 +1,63 @@
+"""Real training processes for tests, forked from one that has made the slow imports already.
+
+`python -m lightning_modules.train` spends its first seconds importing; a test that kills and restarts it many
+times starts it from here instead: same entry point, own process, own output file, killed by real signals.
+"""
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["lightning_modules.fit", "mlflow.tracking.client", "mlflow.store.tracking.sqlalchemy_store"]
+)
+
+
+def start(function: Callable[..., Any], *arguments: Any, output: Path) -> BaseProcess:
+    """Run `function(*arguments)` in a process of its own; its stdout and stderr go to the file `output`."""
+    process = _CONTEXT.Process(target=_run, args=(function, arguments, str(output)))
+    process.start()
+    return process
+
+
+def start_train(argv: list[str], output: Path) -> BaseProcess:
+    from lightning_modules.train import main
+
+    return start(main, argv, output=output)
+
+
+def train(argv: list[str], output: Path) -> int:
+    """Run a training to its end; returns its exit status."""
+    process = start_train(argv, output)
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def wait_until(condition: Callable[[], bool], process: BaseProcess, seconds: float = 120) -> bool:
+    """Poll until `condition()`; False if the process ended first."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        if not process.is_alive():
+            return condition()
+        time.sleep(0.002)
+    raise TimeoutError(f"nothing within {seconds} s")
+
+
+def _run(function: Callable[..., Any], arguments: tuple[Any, ...], output: str) -> None:
+    with open(output, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # As in a process started from a shell: data workers are forked, not fetched from another server.
+    multiprocessing.set_start_method("fork", force=True)
+    result = function(*arguments)
+    sys.stdout.flush()
+    sys.exit(result if isinstance(result, int) else 0)

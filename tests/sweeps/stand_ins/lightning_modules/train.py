@@ -1,0 +1,43 @@
+"""Stands in for training: counts steps, goes on after a kill, leaves a run's files, refuses a second writer.
+
+STEP_SECONDS: how long a step takes. FAIL_IF: `name=value` of the config, for which it fails.
+"""
+
+import fcntl
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from conf.load import flatten, parse
+from conf.schema import TrainConfig
+
+config = parse(TrainConfig, sys.argv[1:])
+run_dir = Path(config.run_dir or "")
+lock = (run_dir / "lock").open("w")
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit("error: two writers on one run directory")
+with (run_dir / "starts").open("a") as starts:
+    starts.write(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}\n")
+
+name, _, value = os.environ.get("FAIL_IF", "").partition("=")
+if name and str(flatten(config)[name]) == value:
+    sys.exit("Traceback ...\nerror: loss is not finite in layer 3")
+
+metrics = run_dir / "metrics.jsonl"
+done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+for step in range(done + 1, config.trainer.max_steps + 1):
+    time.sleep(float(os.environ["STEP_SECONDS"]))
+    with metrics.open("a") as file:
+        file.write(json.dumps({"step": step, "time": 0, "metrics": {"train/loss": 1 / step}}) + "\n")
+result = {
+    "status": "completed",
+    "command": "train",
+    "metrics": {"val/loss": 0.5},
+    "mlflow_run_id": None,
+    "seconds": 2.0,
+}
+(run_dir / "result.json").write_text(json.dumps(result))

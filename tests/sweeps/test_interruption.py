@@ -1,0 +1,130 @@
+"""A sweep killed at any level goes on with the same command: nothing lost, nothing twice, no orphan."""
+
+import signal
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+from optuna.trial import TrialState
+
+from sweeps.studies import load_studies
+
+
+def states(study_dir: Path, name: str = "train") -> list[TrialState]:
+    return [trial.state for trial in study_of(study_dir, name).get_trials(deepcopy=False)]
+
+
+def study_of(study_dir: Path, name: str = "train") -> optuna.Study:
+    return next(study for study in load_studies(study_dir) if study.study_name == name)
+
+
+def starts(study_dir: Path) -> list[int]:
+    """How often each training trial was started, least first."""
+    return sorted(len(file.read_text().splitlines()) for file in study_dir.glob("train/trial-*/starts"))
+
+
+def assert_complete(study_dir: Path) -> None:
+    """The three points once each, and of each trial every step once."""
+    assert states(study_dir) == [TrialState.COMPLETE] * 3
+    assert len({trial.user_attrs["plan"] for trial in study_of(study_dir).get_trials()}) == 3
+    steps = [len(file.read_text().splitlines()) for file in study_dir.glob("train/trial-*/metrics.jsonl")]
+    assert steps == [10] * 3
+
+
+def test_undisturbed_sweep_runs_every_stage_and_again_does_nothing(sweep):
+    output = sweep.run("mitigation.yaml")
+    assert_complete(sweep.study_dir)
+    assert states(sweep.study_dir, "mitigation-0001") == [TrialState.COMPLETE] * 3  # baseline, two settings
+    assert states(sweep.study_dir, "confirm-0001") == [TrialState.COMPLETE] * 3
+    assert "Best setting: forget_more alpha_scale 0.999" in output
+
+    results = {path: path.stat().st_mtime_ns for path in sweep.study_dir.glob("*/trial-*/result.json")}
+    assert len(results) == 9
+    assert "Best setting: forget_more alpha_scale 0.999" in sweep.run("mitigation.yaml")
+    assert results == {
+        path: path.stat().st_mtime_ns for path in sweep.study_dir.glob("*/trial-*/result.json")
+    }
+
+
+def test_killed_worker_takes_its_trial_along_and_both_kinds_of_killed_trial_go_on(sweep):
+    sweep.start(step_seconds=0.3)
+    sweep.wait_until_training(trials=2)
+    trials = [process.pid for process in sweep.processes("lightning_modules.train")]
+    sweep.kill("sweeps.worker")
+    sweep.wait_for(lambda: not all(map(psutil.pid_exists, trials)), seconds=5)
+    (survivor,) = [process for process in sweep.processes("lightning_modules.train") if process.pid in trials]
+    survivor.kill()
+    sweep.finish()
+    assert_complete(sweep.study_dir)
+    assert starts(sweep.study_dir) == [1, 2, 2]
+
+
+def test_killed_sweep_leaves_no_orphan_and_the_same_command_goes_on(sweep):
+    process = sweep.start(step_seconds=0.3)
+    sweep.wait_until_training(trials=2)
+    process.kill()
+    process.communicate()
+    sweep.wait_until_gone("sweeps.worker")
+    sweep.wait_until_gone("lightning_modules.train")
+    assert states(sweep.study_dir).count(TrialState.RUNNING) == 2
+    sweep.run()
+    assert_complete(sweep.study_dir)
+    assert starts(sweep.study_dir) == [1, 2, 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_sweep_stops_its_processes_and_says_how_to_go_on(sweep, number):
+    process = sweep.start(step_seconds=0.3)
+    sweep.wait_until_training(trials=2)
+    process.send_signal(number)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 128 + number
+    assert "To go on:  python -m sweeps.run sweep.yaml" in output
+    assert "Traceback" not in output
+    sweep.wait_until_gone("sweeps.worker", seconds=1)
+    sweep.wait_until_gone("lightning_modules.train", seconds=1)
+    assert states(sweep.study_dir) == [TrialState.RUNNING, TrialState.RUNNING, TrialState.WAITING]
+
+
+def test_failed_trial_is_named_with_its_last_words_and_tried_again_by_the_next_start(sweep):
+    output = sweep.run("workers=1", status=1, FAIL_IF="model.d_state=64")
+    assert "train/trial-0001  train: exit status 1: error: loss is not finite in layer 3" in output
+    assert states(sweep.study_dir) == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    output = sweep.run()
+    assert "train: 1 failed trials are tried again" in output
+    assert "Failed trials" not in output
+    assert states(sweep.study_dir)[3:] == [TrialState.COMPLETE]
+    assert study_of(sweep.study_dir).get_trials()[3].user_attrs["retry_of"] == 1
+
+
+def test_sweep_stops_after_several_failures_in_a_row(sweep):
+    output = sweep.run("max_failures=2", "workers=1", status=1, FAIL_EVALUATE="1")
+    assert "stopped after 2 failed trials in a row (max_failures)" in output
+    assert states(sweep.study_dir) == [TrialState.FAIL, TrialState.FAIL, TrialState.WAITING]
+
+
+def test_second_sweep_on_one_study_is_refused_and_so_is_another_config(sweep):
+    process = sweep.start(step_seconds=1)
+    sweep.wait_for(lambda: (sweep.study_dir / "journal.log").exists())
+    assert "another sweeps.run is at work there" in sweep.run(status=2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+
+    other = sweep.run("train.space.optim.lr=[0.003]", status=2)
+    assert (
+        "train.space.optim.lr=[0.003]: runs/tiny holds a sweep made with [0.001, 0.002]; use another" in other
+    )
+    base = sweep.folder / "base.yaml"
+    base.write_text(base.read_text().replace("max_steps: 10", "max_steps: 11"))
+    assert "train.base: trainer.max_steps=11: runs/tiny holds a sweep made with 10" in sweep.run(status=2)
+
+
+def test_random_sampling_spends_its_budget_exactly_and_can_be_extended(sweep):
+    options = ["train.space.optim={lr: {low: 1.0e-4, high: 1.0e-2, log: true}}", "train.sampler=random"]
+    sweep.run("train.trials=2", "workers=3", *options)
+    assert states(sweep.study_dir) == [TrialState.COMPLETE] * 2
+    sweep.run("train.trials=4", "workers=2", *options)
+    trials = study_of(sweep.study_dir).get_trials()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 4
+    assert len({trial.params["optim.lr"] for trial in trials}) == 4
