@@ -85,13 +85,16 @@ class LanguageModel(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the global norm and note it. Raises RunError if it is not finite."""
-        limit = gradient_clip_val or math.inf
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit).item()
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.grad_norm = norm.item()
         if not math.isfinite(self.grad_norm):
             where = first_non_finite_gradient(self.model) or "the norm alone, which overflowed"
             raise RunError(
                 f"after step {self.global_step}: gradient norm is {self.grad_norm}; first there: {where}"
             )
+        if gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def on_validation_epoch_start(self) -> None:
         self._sums = {}

@@ -45,8 +45,7 @@ def lr_factor(step: int, config: OptimConfig, max_steps: int) -> float:
     """
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     decay_steps = round(config.decay_fraction * max_steps)
-    into_decay = step + 1 - (max_steps - decay_steps)
-    if into_decay <= 0:
+    steps_left = max(0, max_steps - step - 1)
+    if steps_left >= decay_steps:
         return warmup
-    share = min(1.0, into_decay / decay_steps)
-    return min(warmup, 1.0 - (1.0 - config.min_lr_ratio) * share)
+    return min(warmup, config.min_lr_ratio + (1.0 - config.min_lr_ratio) * steps_left / decay_steps)

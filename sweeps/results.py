@@ -54,6 +54,13 @@ class Measured:
         return self.metrics.get("passkey/recent_exact_beyond")
 
     @property
+    def held(self) -> float:
+        """Mean exact match on recent needles at all lengths beyond training: settles ties of what is measured
+        far out, where everything may be lost."""
+        beyond = [share.exact for length, share in self.recent.items() if length > self.train_length]
+        return sum(beyond) / len(beyond) if beyond else 0.0
+
+    @property
     def is_solved(self) -> bool:
         return bool(self.conclusion["solved"])
 
@@ -141,7 +148,7 @@ def worst_collapse(models: Iterable[Measured], config: SweepConfig) -> list[Meas
     their training length, the worst first."""
     stage = config.mitigation
     able = [m for m in models if m.beyond is not None and (m.is_solved or stage.include_unsolved)]
-    return sorted(able, key=lambda model: (model.beyond, model.number))[: stage.checkpoints]
+    return sorted(able, key=lambda model: (model.beyond, model.held, model.number))[: stage.checkpoints]
 
 
 def best_settings(tried: list[Measured], config: SweepConfig) -> list[Measured]:
@@ -158,7 +165,7 @@ def best_settings(tried: list[Measured], config: SweepConfig) -> list[Measured]:
                 m for m in settings if baseline.in_length - (m.in_length or 0) <= config.mitigation.max_cost
             ]
             settings = allowed or [max(settings, key=lambda m: m.in_length or 0)]
-        best.append(max(settings, key=lambda m: sign * m.value))
+        best.append(max(settings, key=lambda m: (sign * m.value, m.held)))
     return best
 
 

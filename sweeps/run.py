@@ -9,6 +9,7 @@ Ends with 0, with 1 when trials have failed, with 2 for a config that does not h
 
 import shlex
 import sys
+from pathlib import Path
 
 from conf.load import from_command_line, user_errors
 from conf.sweep_schema import SweepConfig, check
@@ -21,7 +22,13 @@ def main(argv: list[str] | None = None) -> int:
         check(config)
         from sweeps.conduct import conduct
 
-        return conduct(config, command=shlex.join(["python", "-m", "sweeps.run", *argv]))
+        return conduct(config, command=shlex.join([_python(), "-m", "sweeps.run", *argv]))
+
+
+def _python() -> str:
+    """This Python as it can be typed here: `make` runs .venv/bin/python, which need not be on the PATH."""
+    here = Path(sys.executable)
+    return str(here.relative_to(Path.cwd())) if here.is_relative_to(Path.cwd()) else "python"
 
 
 if __name__ == "__main__":

@@ -235,10 +235,7 @@ def _make_sampler(study: Study, config: SweepConfig, seed: list[int]) -> BaseSam
     number = random.Random(repr(seed)).getrandbits(32)
     stage = config.train if study.user_attrs["stage"] == "train" else config.mitigation
     if stage.sampler == "tpe":
-        # Mitigations have their own settings each: `group` models such conditional spaces apart.
-        return TPESampler(
-            seed=number, n_startup_trials=max(4, 2 * config.workers), multivariate=True, group=True
-        )
+        return TPESampler(seed=number, n_startup_trials=max(4, 2 * config.workers))
     return RandomSampler(seed=number)
 
 

@@ -93,23 +93,22 @@ def conclusion(mended: Mended, results: Results) -> str:
     sign = 1 if config.direction == "maximize" else -1
     others = [measured for measured in mended.compared if mitigation(measured) != "none"]
     affordable = [measured for measured in others if (mended.cost(measured) or 0.0) <= config.max_cost]
-    best = max(affordable or others, key=lambda m: sign * m.value, default=None)
+    best = max(affordable or others, key=lambda m: (sign * m.value, m.held), default=None)
     if best is None:
         return "Best setting: none; no comparison has finished."
     change = f"{config.metric} {baseline.value:.2f} -> {best.value:.2f}"
     if baseline.in_length is not None and best.in_length is not None:
         change += f", at the training length {baseline.in_length:.2f} -> {best.in_length:.2f}"
+    both = sorted(best.recent.keys() & baseline.recent.keys())
+    apart = [short_number(n) for n in both if best.recent[n].low > baseline.recent[n].high]
     if not affordable:
-        return (
-            f"Best setting: none. Each costs more than {config.max_cost:g} in length. {best.label}: {change}."
-        )
+        dear = f"Each costs more than {config.max_cost:g} in length"
+        return f"Best setting: none. {dear}. {best.label}: {change}."
     if sign * (best.value - baseline.value) <= 0:
-        return f"Best setting: none. No mitigation helps. {best.label}: {change}."
-    apart = [
-        n for n, share in best.recent.items() if n in baseline.recent and share.low > baseline.recent[n].high
-    ]
+        still = f" It does help recent needles at {', '.join(apart)}." if apart else ""
+        return f"Best setting: none. No mitigation improves {config.metric}. {best.label}: {change}.{still}"
     if apart:
-        sure = f"95% intervals of recent needles lie apart at {', '.join(map(short_number, apart))}."
+        sure = f"95% intervals of recent needles lie apart at {', '.join(apart)}."
     else:
         sure = "95% intervals of recent needles overlap at every length: not shown to help; try more prompts."
     return f"Best setting: {best.label}: {change}. {sure}"

@@ -98,8 +98,8 @@ def test_bf16_is_the_oracle_of_the_same_values(
 ) -> None:
     """x, dt, B and C in bf16, states and decays in fp32: operands of matrix products have 8 bits.
 
-    Stated: 2e-2 relative on y and state, 4e-2 on gradients (those that sum over channels and tokens against
-    the size of sums that do not cancel). Median of 500 random cases: 4e-3.
+    Stated: 2e-2 relative on y and state, 4e-2 on gradients, 0.15 on those that sum over tokens and channels
+    (A, dt_bias, factors). Median of 500 random cases: 4e-3.
     """
     case = data.draw(scan_cases())
     ours = case.leaves(torch.bfloat16)
@@ -112,9 +112,11 @@ def test_bf16_is_the_oracle_of_the_same_values(
     for name, actual in gradients(chunked, ours).items():
         leaf = name.removeprefix("gradient of ")
         assert actual.dtype == ours[leaf].dtype
-        # a sum over tokens of what earlier tokens left in the state: as many terms again
-        floor = case.size_of_sum(leaf) * case.length / 4
-        check_close(actual, expected[name], 4e-2, name, floor=max(floor, 10.0 if leaf == "dt" else 1.0))
+        if size := case.size_of_sum(leaf):
+            # times the tokens that a state reaches; where all reach all, the smaller sum of larger terms
+            check_close(actual, expected[name], 0.15, name, floor=size * case.length / 4)
+        else:
+            check_close(actual, expected[name], 4e-2, name, floor=10.0 if leaf == "dt" else 1.0)
 
 
 def test_slices_of_one_projection_equal_contiguous_inputs(gradients: Any, check_close: Any) -> None:

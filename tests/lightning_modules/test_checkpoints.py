@@ -73,7 +73,7 @@ def test_the_config_of_another_shape_is_named_by_parameter_and_shapes(tmp_path: 
     file.write_text(file.read_text().replace("d_state: 16", "d_state: 32"))
     with pytest.raises(
         ValueError,
-        match=r"\A[^\n]*layers.0.mixer.in_proj.weight has shape \(164, 32\)[^\n]*asks for \(196, 32\)[^\n]*\Z",
+        match=r"\A.*layers.0.mixer.in_proj.weight has shape \(164, 32\).*asks for \(196, 32\)[^\n]*\Z",
     ):
         load_model(tmp_path)
     file.write_text(

@@ -71,3 +71,9 @@ def test_the_scheduler_sets_the_rate_of_each_step() -> None:
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([0.25, 0.5, 0.25, 0.0])
+
+
+def test_the_step_after_the_last_has_a_rate_too() -> None:
+    # Schedulers are asked for it when training ends.
+    assert lr_factor(1, OptimConfig(warmup_steps=0), max_steps=1) == 1.0
+    assert lr_factor(100, OptimConfig(warmup_steps=0, min_lr_ratio=0.25), max_steps=100) == 0.25

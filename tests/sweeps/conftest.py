@@ -59,18 +59,18 @@ class SweepProcess:
     def run(self, *overrides: str, status: int = 0, step_seconds: float = 0.01, **environment: str) -> str:
         """Run to the end; returns what it printed."""
         process = self.start(*overrides, step_seconds=step_seconds, **environment)
-        output = process.communicate(timeout=120)[0]
+        output = process.communicate(timeout=240)[0]
         assert process.returncode == status, output
         return output
 
     def finish(self) -> str:
         """Wait for a successful end; returns what it printed."""
         assert self.process is not None
-        output = self.process.communicate(timeout=120)[0]
+        output = self.process.communicate(timeout=240)[0]
         assert self.process.returncode == 0, output
         return output
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = 30.0) -> None:
+    def wait_for(self, condition: Callable[[], object], seconds: float = 120.0) -> None:
         assert self.process is not None
         deadline = time.monotonic() + seconds
         while not condition():
@@ -107,7 +107,7 @@ class SweepProcess:
         process.kill()
         return process
 
-    def wait_until_gone(self, module: str, seconds: float = 5.0) -> None:
+    def wait_until_gone(self, module: str, seconds: float = 20.0) -> None:
         deadline = time.monotonic() + seconds
         while self.processes(module):
             assert time.monotonic() < deadline, f"still there: {self.processes(module)}"

@@ -6,6 +6,7 @@ from pathlib import Path
 import optuna
 import psutil
 import pytest
+from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
 from sweeps.studies import load_studies
@@ -22,6 +23,18 @@ def study_of(study_dir: Path, name: str = "train") -> optuna.Study:
 def starts(study_dir: Path) -> list[int]:
     """How often each training trial was started, least first."""
     return sorted(len(file.read_text().splitlines()) for file in study_dir.glob("train/trial-*/starts"))
+
+
+TRACKED = ("tracking.enabled=true", "tracking.uri=sqlite:///mlflow.db")
+
+
+def stage_status(sweep) -> str:
+    """Status of the one MLflow run of the training stage."""
+    client = MlflowClient(tracking_uri=f"sqlite:///{sweep.folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("longstate")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "tiny/train"
+    return run.info.status
 
 
 def assert_complete(study_dir: Path) -> None:
@@ -52,7 +65,7 @@ def test_killed_worker_takes_its_trial_along_and_both_kinds_of_killed_trial_go_o
     sweep.wait_until_training(trials=2)
     trials = [process.pid for process in sweep.processes("lightning_modules.train")]
     sweep.kill("sweeps.worker")
-    sweep.wait_for(lambda: not all(map(psutil.pid_exists, trials)), seconds=5)
+    sweep.wait_for(lambda: not all(map(psutil.pid_exists, trials)))
     (survivor,) = [process for process in sweep.processes("lightning_modules.train") if process.pid in trials]
     survivor.kill()
     sweep.finish()
@@ -73,18 +86,19 @@ def test_killed_sweep_leaves_no_orphan_and_the_same_command_goes_on(sweep):
     assert starts(sweep.study_dir) == [1, 2, 2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted_sweep_stops_its_processes_and_says_how_to_go_on(sweep, number):
-    process = sweep.start(step_seconds=0.3)
+    process = sweep.start(*TRACKED, step_seconds=0.3)
     sweep.wait_until_training(trials=2)
     process.send_signal(number)
     output = process.communicate(timeout=30)[0]
     assert process.returncode == 128 + number
-    assert "To go on:  python -m sweeps.run sweep.yaml" in output
+    assert "To go on:  python -m sweeps.run sweep.yaml tracking.enabled=true" in output
     assert "Traceback" not in output
     sweep.wait_until_gone("sweeps.worker", seconds=1)
     sweep.wait_until_gone("lightning_modules.train", seconds=1)
     assert states(sweep.study_dir) == [TrialState.RUNNING, TrialState.RUNNING, TrialState.WAITING]
+    assert stage_status(sweep) == "KILLED"
 
 
 def test_failed_trial_is_named_with_its_last_words_and_tried_again_by_the_next_start(sweep):
@@ -111,15 +125,17 @@ def test_second_sweep_on_one_study_is_refused_and_so_is_another_config(sweep):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
 
-    other = sweep.run("train.space.optim.lr=[0.003]", status=2)
+    other = sweep.run("seed=1", status=2)
     assert (
-        "train.space.optim.lr=[0.003]: runs/tiny holds a sweep made with [0.001, 0.002]; use another" in other
+        other
+        == "error: seed=1: runs/tiny holds a sweep made with 0; use another study_dir= or remove runs/tiny\n"
     )
     base = sweep.folder / "base.yaml"
     base.write_text(base.read_text().replace("max_steps: 10", "max_steps: 11"))
     assert "train.base: trainer.max_steps=11: runs/tiny holds a sweep made with 10" in sweep.run(status=2)
 
 
+@pytest.mark.slow
 def test_random_sampling_spends_its_budget_exactly_and_can_be_extended(sweep):
     options = ["train.space.optim={lr: {low: 1.0e-4, high: 1.0e-2, log: true}}", "train.sampler=random"]
     sweep.run("train.trials=2", "workers=3", *options)

@@ -1,0 +1,85 @@
+"""The shipped smoke sweep with the real commands, killed while it trains and started again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+ROOT = Path(__file__).parents[2]
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, f"the sweep ended with {process.returncode}"
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "sweeps.run", "conf/sweep/smoke.yaml", f"study_dir={tmp_path}/study"),
+        f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+        "train.space.model.d_state=[8]",
+        "train.overrides.trainer={max_steps: 150, checkpoint_every: 20, log_every: 10}",
+    ]
+
+
+def test_real_sweep_survives_a_kill_and_doubles_nothing(command, tmp_path):
+    trial = tmp_path / "study" / "train" / "trial-0000"
+    with (tmp_path / "output.txt").open("w") as output:
+        first = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        wait_for(trial / "checkpoints" / "step=0000040.ckpt", first)
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+    assert not (trial / "result.json").exists()
+
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "unsolved" in again.stdout
+    assert "Best setting: none." in again.stdout
+    assert f"make ui STORE=sqlite:///{tmp_path}/mlflow.db" in again.stdout
+    for line in again.stdout.partition("Figures:\n")[2].splitlines()[:5]:
+        assert Path(line.strip()).is_file()
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "longstate"]
+    runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
+    assert Counter(parent_name(run, runs) for run in runs.values()) == {
+        None: 2,  # the stages
+        "smoke/train": 1,
+        "trial-0000": 1,  # the evaluation of what it trained
+        "smoke/mitigation-0000": 4,  # baseline and setting, tried and compared
+    }
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    for run_id, run in runs.items():
+        for key in run.data.metrics:
+            steps = [point.step for point in client.get_metric_history(run_id, key)]
+            assert len(steps) == len(set(steps)), f"{run.info.run_name}: {key} doubled"
+    (train,) = [run for run in runs.values() if parent_name(run, runs) == "smoke/train"]
+    assert [p.step for p in client.get_metric_history(train.info.run_id, "train/loss")] == list(
+        range(10, 160, 10)
+    )
+    (stage,) = [run for run in runs.values() if run.info.run_name == "smoke/mitigation-0000"]
+    assert {file.path for file in client.list_artifacts(stage.info.run_id)} >= {
+        "report.txt",
+        "results.csv",
+        "figures",
+    }
+
+    by_hand = [sys.executable, "-m", "lightning_modules.train", str(trial / "config.yaml")]
+    done = subprocess.run(by_hand, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(f"completed: {trial}/result.json"), done.stdout + done.stderr
+
+
+def parent_name(run: Run, runs: dict[str, Run]) -> str | None:
+    parent = run.data.tags.get("mlflow.parentRunId")
+    return runs[parent].info.run_name if parent else None

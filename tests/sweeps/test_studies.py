@@ -1,0 +1,138 @@
+"""Claims under fire: many processes on one journal take every planned trial once, whoever dies."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from conf.load import parse
+from conf.sweep_schema import SweepConfig
+from sweeps.locks import ProcessLock
+from sweeps.studies import (
+    claim,
+    enqueue,
+    fail,
+    finish,
+    last_failures,
+    load_studies,
+    make_study,
+    open_journal,
+    plan_points,
+    plan_samples,
+    point_of,
+    to_take,
+)
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SweepConfig:
+    (tmp_path / "base.yaml").write_text("{}")
+    space = {"optim": {"lr": {"low": 1e-4, "high": 1e-2, "log": True}, "warmup_steps": [1, 2]}}
+    train = {"train.base": str(tmp_path / "base.yaml"), "train.space": space, "train.trials": 12}
+    return parse(SweepConfig, [{"name": "t", "train.sampler": "tpe", **train}])
+
+
+def make_train_study(study_dir: Path, plan):
+    study = make_study(open_journal(study_dir), "train", "maximize", stage="train", mlflow_run_id=None)
+    enqueue(study, plan)
+    return study
+
+
+def work(study_dir: Path, config: SweepConfig, worker: int) -> None:
+    studies = load_studies(study_dir)
+    while taken := claim(study_dir, studies, config, worker):
+        finish(taken, value=taken.trial.params["optim.lr"], seconds=1.0, mlflow_run_id=None)
+        taken.lock.release()
+
+
+def claim_and_hang(study_dir: Path, config: SweepConfig, claimed) -> None:
+    taken = claim(study_dir, load_studies(study_dir), config, 0)
+    assert taken is not None
+    claimed.set()
+    time.sleep(60)
+
+
+@pytest.mark.timeout(120)
+def test_workers_that_start_at_once_share_the_trials_exactly(tmp_path, config):
+    study = make_train_study(tmp_path, plan_samples(12, seeds=[0, 1]))
+    workers = [SPAWN.Process(target=work, args=(tmp_path, config, i)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    trials = study.get_trials()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 12
+    assert len({trial.params["optim.lr"] for trial in trials}) == 12  # no two workers proposed the same
+    assert [trial.user_attrs["seed"] for trial in trials] == [0, 1] * 6
+
+
+@pytest.mark.timeout(60)
+def test_trial_of_a_killed_worker_is_taken_over_with_its_parameters(tmp_path, config):
+    study = make_train_study(tmp_path, plan_samples(1, seeds=[0]))
+    claimed = SPAWN.Event()
+    worker = SPAWN.Process(target=claim_and_hang, args=(tmp_path, config, claimed))
+    worker.start()
+    claimed.wait(30)
+    assert claim(tmp_path, [study], config, 1) is None  # its worker lives
+    assert to_take(tmp_path, [study]) == 0
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    before = study.get_trials()[0].params
+    assert to_take(tmp_path, [study]) == 1
+    taken = claim(tmp_path, [study], config, 1)
+    assert taken is not None
+    assert taken.trial.number == 0
+    assert taken.trial.params == before
+    finish(taken, 1.0, 1.0, None)
+    taken.lock.release()
+    assert claim(tmp_path, [study], config, 1) is None
+
+
+def test_plan_is_queued_once_and_extended_by_what_it_lacks(tmp_path):
+    points = [{"model.d_state": n} for n in (16, 64)]
+    study = make_train_study(tmp_path, plan_points(points, seeds=[0]))
+    assert enqueue(study, plan_points(points, seeds=[0])) == 0
+    enqueue(study, plan_points(points, seeds=[0, 1]))
+    trials = study.get_trials()
+    planned = [(point_of(trial)["model.d_state"], trial.user_attrs["seed"]) for trial in trials]
+    assert planned == [(16, 0), (64, 0), (16, 1), (64, 1)]
+
+
+def test_failures_in_a_row_are_counted_over_all_workers_since_a_time(tmp_path, config):
+    study = make_train_study(tmp_path, plan_samples(4, seeds=[0]))
+    began = time.time()
+
+    def end(ok: bool) -> None:
+        taken = claim(tmp_path, [study], config, 0)
+        assert taken is not None
+        finish(taken, 1.0, 1.0, None) if ok else fail(taken, "why")
+        taken.lock.release()
+
+    end(ok=False)
+    end(ok=True)
+    assert last_failures([study], began) == 0
+    end(ok=False)
+    assert last_failures([study], began) == 1
+    between = time.time()
+    end(ok=False)
+    assert last_failures([study], began) == 2
+    assert last_failures([study], between) == 1
+    assert enqueue(study, plan_samples(4, seeds=[0])) == 3
+    assert [trial.user_attrs["retry_of"] for trial in study.get_trials()[4:]] == [0, 2, 3]
+
+
+def test_lock_excludes_another_holder_until_released(tmp_path):
+    first, second = ProcessLock(tmp_path / "lock"), ProcessLock(tmp_path / "lock")
+    assert first.try_acquire()
+    assert not second.try_acquire()
+    first.release()
+    assert second.try_acquire()
+    second.release()
