@@ -1,6 +1,7 @@
 """One training run, from an open run directory to its result."""
 
 import logging
+import platform
 import resource
 import time
 import warnings
@@ -49,7 +50,12 @@ def fit(run: RunDir) -> dict[str, Any]:
     if checkpoint_io.path is not None:
         require_same_settings(checkpoint_io.path, checkpoint_io.config(), config)
         print(f"continuing from {checkpoint_io.path}", flush=True)
-    tags = {"seed": str(config.seed), "config_hash": config_hash(config)}
+    tags = {
+        "seed": str(config.seed),
+        "config_hash": config_hash(config),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     tracker = Tracker(config.tracking, run.path, name=run.name, params=flatten(config), tags=tags)
     with Termination() as termination, tracker:
         tracker.log_artifact(run.path / "config.yaml")

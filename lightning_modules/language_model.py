@@ -85,8 +85,8 @@ class LanguageModel(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the global norm and note it. Raises RunError if it is not finite."""
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        parameters = list(self.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.grad_norm = norm.item()
         if not math.isfinite(self.grad_norm):
             where = first_non_finite_gradient(self.model) or "the norm alone, which overflowed"

@@ -11,6 +11,7 @@ finds its own run again: it continues from the last checkpoint, or prints the re
     python -m lightning_modules.train runs/small-state/config.yaml run_dir=runs/again # repeat it
 """
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from lightning_modules.run_dir import (
     open_run_dir,
     read_result,
     require_same_config,
-    write_json,
 )
+from lightning_modules.termination import Terminated
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         if result is None:
             result = train(path, config)
         elif not result["tracking_complete"]:
-            send_rest(path, config, result)
+            result = send_rest(path, config, result)
     if is_rank_zero():
         print_result(path, result)
     return 0
@@ -55,19 +56,26 @@ def train(path: Path, config: TrainConfig) -> dict[str, Any]:
     except RunError as error:
         print(f"error: {path}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except Terminated as end:
+        name = signal.Signals(end.signum).name
+        print(f"{path}: stopped by {name}; the same command continues", file=sys.stderr)
+        raise
     finally:
         run.close()
 
 
-def send_rest(path: Path, config: TrainConfig, result: dict[str, Any]) -> None:
+def send_rest(path: Path, config: TrainConfig, result: dict[str, Any]) -> dict[str, Any]:
     """Send to MLflow what its store could not take while the run lasted."""
     from lightning_modules.tracking import Tracker
 
-    tracker = Tracker(config.tracking, path, name=path.resolve().name, params=flatten(config))
+    run = open_run_dir(path, config)
+    tracker = Tracker(config.tracking, path, name=run.name, params=flatten(config))
     with tracker:
         tracker.log_artifact(path / "result.json")
-    result["tracking_complete"] = tracker.complete
-    write_json(path / "result.json", result)
+    result = {**result, "tracking_complete": tracker.complete}
+    run.write_result(result)
+    run.close()
+    return result
 
 
 def print_result(path: Path, result: dict[str, Any]) -> None:

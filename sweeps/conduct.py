@@ -181,9 +181,11 @@ def _sole_sweep(config: SweepConfig) -> Iterator[Path]:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT, SIGTERM and SIGHUP in place of dying of them."""
+    """Collects SIGINT, SIGTERM and SIGHUP (unless nohup has it ignored) in place of dying of them."""
     received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     before = [signal.signal(number, lambda got, _: received.append(got)) for number in numbers]
     try:
         yield received

@@ -199,7 +199,7 @@ def describe(point: Point, seed: int | None = None) -> str:
     if seed is not None:
         short["seed"] = seed
     settings = [
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in short.items()
         if name is None or value != 1.0
     ]

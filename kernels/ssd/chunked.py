@@ -1,13 +1,13 @@
 """The SSD scan in chunks of Q tokens: matrix products inside a chunk, a recurrence between chunks.
 
 Plain PyTorch with its own backward, for the CPU and as the fallback everywhere. Chunks are processed in
-blocks of a bounded number of tokens, so working memory does not grow with the sequence. For the backward
-pass the states that enter each chunk and what the tokens read of them are kept; the rest is recomputed. See
-README.md for the equations; the letters of the shapes are b batch, c chunks, g groups, k heads in a group,
-q and r tokens in a chunk, p headdim, n d_state.
+blocks of a bounded number of tokens, so working memory does not grow with the sequence and stays near the
+cache. For the backward pass the states that enter each chunk and what the tokens read of them are kept; the
+matrices inside the chunks are recomputed. See README.md for the equations; the letters of the shapes are
+b batch, c chunks, g groups, k heads in a group, q and r tokens in a chunk, p headdim, n d_state.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,9 @@ from torch import Tensor
 # Elements of the largest temporary, the (b, c, g, k, q, r) decay matrices: 2 MiB in fp32 stays near the cache.
 BLOCK_ELEMENTS = 2**19
 LOG2_E = 1.4426950408889634
-# Retentions below 2^-100 count as 2^-100: no result can show it, and denormal numbers are ten times slower.
-SMALLEST_BITS = -100.0
+# Inside a chunk retentions below 2^-60 count as 2^-60 and weights below 1e-30 as 1e-30: no result can show it,
+# their products stay clear of denormal numbers, which are ten times slower, and of division by zero.
+SMALLEST_BITS, SMALLEST_INSERT = -60.0, 1e-30
 
 
 def chunked_scan(
@@ -43,10 +44,18 @@ def chunked_scan(
     batch, length, heads, headdim = x.shape
     if initial_state is None:
         initial_state = x.new_zeros(batch, heads, headdim, B.shape[3], dtype=torch.float32)
+    if D is None:
+        D = x.new_zeros(heads, dtype=torch.float32)
     chunk = min(chunk_size, 1 << (length - 1).bit_length())
+    skip = D if D.dim() == 1 else torch.zeros_like(D[:, 0])  # one number a head joins the matrices in a chunk
+    arguments = [x, log_decay, insert, B, C]
+    if pad := -length % chunk:  # padded tokens neither decay nor insert
+        arguments = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in arguments]
+        document_starts = None if document_starts is None else F.pad(document_starts, (0, pad))
     keep = torch.is_grad_enabled()
-    arguments = (x, log_decay, insert, B, C, D, initial_state.float(), document_starts, chunk, keep)
-    return _ChunkedScan.apply(*arguments)  # type: ignore[no-any-return]
+    y, state = _ChunkedScan.apply(*arguments, skip, initial_state.float(), document_starts, chunk, keep)
+    y = y[:, :length]
+    return (y if D.dim() == 1 else y.addcmul(x, D.to(x.dtype))), state
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -58,198 +67,170 @@ class _ChunkedScan(torch.autograd.Function):
         insert: Tensor,
         B: Tensor,
         C: Tensor,
-        D: Tensor | None,
+        D: Tensor,
         initial_state: Tensor,
         document_starts: Tensor | None,
         chunk: int,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
+        groups = B.shape[2]
+        w = _Weights.of(log_decay, insert, document_starts, groups, chunk, x.dtype)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        state = initial_state.clone()
-        kept = []
-        for span in _spans(x, chunk):
-            block = _Block(x, log_decay, insert, B, C, D, document_starts, span, chunk)
-            y[:, span], state, entering, far = block.forward(state)
+        xs, ys = (_chunks(t, groups, chunk) for t in (x, y))
+        Bs, Cs = (_chunks(t, groups, chunk).squeeze(4) for t in (B, C))
+        running, kept = initial_state.unflatten(1, (groups, -1)), []
+        for span in _blocks(xs):
+            xb, Bb, Cb = xs[:, span], Bs[:, span].contiguous(), Cs[:, span].contiguous()
+            added = (xb * w.outward[:, span]).flatten(4).transpose(3, 4) @ Bb
+            states = _recur(running, w.gain[:, span], added.unflatten(3, (-1, x.shape[3])))
+            entering, running = states[:, :-1].to(x.dtype), states[:, -1]
+            far = (Cb @ entering.flatten(3, 4).transpose(3, 4)).view(xb.shape)
+            mixer = _retention(w, span).mul_(_scores(Bb, Cb, w, span))
+            near = _with_skip(mixer, D, x.dtype) @ _per_head(xb)
+            torch.addcmul(near.transpose(3, 4), far, w.inward[:, span], out=ys[:, span])
             if keep:
                 kept += [entering, far]
-        ctx.save_for_backward(x, log_decay, insert, B, C, D, document_starts, *kept)
+        ctx.save_for_backward(x, B, C, D, *w, *kept)
         ctx.chunk = chunk
-        return y, state
+        return y, running.flatten(1, 2).clone()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-        x, log_decay, insert, B, C, D, document_starts, *kept = ctx.saved_tensors
+        x, B, C, D, *saved = ctx.saved_tensors
+        w, kept = _Weights(*saved[:7]), saved[7:]
+        groups, chunk = B.shape[2], ctx.chunk
         dx, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C))
-        dlog_decay, dinsert = torch.empty_like(log_decay), torch.empty_like(insert)
-        dD = None if D is None else torch.zeros_like(D)
-        for i, span in reversed(list(enumerate(_spans(x, ctx.chunk)))):
-            block = _Block(x, log_decay, insert, B, C, D, document_starts, span, ctx.chunk)
-            grads = block.backward(dy[:, span], dstate, *kept[2 * i : 2 * i + 2])
-            dx[:, span], dlog_decay[:, span], dinsert[:, span], dB[:, span], dC[:, span], block_dD, dstate = grads
-            if dD is not None:
-                dD += block_dD
-        return dx, dlog_decay, dinsert, dB, dC, dD, dstate, None, None, None
+        xs, dys, dxs = (_chunks(t, groups, chunk) for t in (x, dy, dx))
+        Bs, Cs, dBs, dCs = (_chunks(t, groups, chunk).squeeze(4) for t in (B, C, dB, dC))
+        dsums, dinsert = torch.empty_like(w.to_end), torch.empty_like(w.to_end)
+        dD = torch.zeros_like(D)
+        drunning = dstate.unflatten(1, (groups, -1))
+        for i, span in reversed(list(enumerate(_blocks(xs)))):
+            entering, far = kept[2 * i : 2 * i + 2]
+            xb, dyb, Bb, Cb = xs[:, span], dys[:, span], Bs[:, span].contiguous(), Cs[:, span].contiguous()
+
+            # Through the states that enter each chunk.
+            dfar = dyb * w.inward[:, span]
+            dentering = (dfar.flatten(4).transpose(3, 4) @ Cb).view(entering.shape)
+            dstates = _recur(drunning, w.gain[:, span], dentering, backwards=True)
+            drunning, dadded = dstates[:, 0], dstates[:, 1:].to(x.dtype)
+            dgain = torch.mul(dadded, entering, out=dentering).sum((4, 5), dtype=torch.float32)
+            dxo = (Bb @ dadded.flatten(3, 4).transpose(3, 4)).view(xb.shape)
+            dC_far = dfar.flatten(4) @ entering.flatten(3, 4)
+            dB_far = (xb * w.outward[:, span]).flatten(4) @ dadded.flatten(3, 4)
+            leaving = (xb * dxo).sum(-1, dtype=torch.float32).transpose(3, 4) * w.to_end[:, span]
+            reading = dfar.mul_(far).sum(-1, dtype=torch.float32).transpose(3, 4)
+
+            # Inside the chunks.
+            retention, scores = _retention(w, span), _scores(Bb, Cb, w, span)
+            dy_heads = _per_head(dyb)
+            dnear = _with_skip(retention * scores, D, x.dtype).transpose(4, 5) @ dy_heads
+            torch.addcmul(dnear.transpose(3, 4), dxo, w.outward[:, span], out=dxs[:, span])
+            dmixer = (dy_heads @ _per_head(xb).transpose(4, 5)).float()
+            dD += dmixer.diagonal(dim1=4, dim2=5).sum((0, 1, 4)).flatten()
+            dmixer.mul_(retention)
+            dscores = (dmixer.sum(3) * w.visible_in(span)[:, :, :, 0]).to(x.dtype)
+            torch.add(dC_far, dscores @ Bb, out=dCs[:, span])
+            torch.add(dB_far, dscores.transpose(3, 4) @ Cb, out=dBs[:, span])
+            dmixer.mul_(scores)
+
+            # Row and column sums agree exactly on the diagonal, so fast decays leave no noise.
+            columns, insert = dmixer.sum(4), w.insert[:, span]
+            dinsert[:, span] = columns / insert + leaving
+            leaving *= insert
+            torch.sub(dmixer.sum(5) + reading, columns + leaving, out=dsums[:, span])
+            dsums[:, span, ..., -1] += leaving.sum(-1) + dgain * (w.gain[:, span, ..., 0, 0] + 1)
+        dlog_decay = dsums.flip(4).cumsum(4).flip(4)
+        dlog_decay, dinsert = (_tokens(t) for t in (dlog_decay, dinsert))
+        return dx, dlog_decay, dinsert, dB, dC, dD, drunning.flatten(1, 2), None, None, None
 
 
-def _spans(x: Tensor, chunk: int) -> list[slice]:
-    """Cut (B, T, H, P) into blocks of whole chunks; the last one may be short."""
-    batch, length, heads, _ = x.shape
-    step = max(1, BLOCK_ELEMENTS // (batch * heads * chunk * chunk)) * chunk
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+class _Weights(NamedTuple):
+    """Everything that depends on the decays and insertion weights alone, for the whole sequence."""
 
+    bits: Tensor  # b c g k q fp32: log2 of the retention since the chunk's first token, cumulative
+    insert: Tensor  # b c g k q fp32
+    to_end: Tensor  # b c g k q fp32: retention from q to the chunk's end
+    gain: Tensor  # b c g k 1 1 fp32: the chunk's retention minus one: no rounding where it is close to zero
+    inward: Tensor  # b c g q k 1 in x's dtype: retention from the chunk's border to q
+    outward: Tensor  # b c g q k 1 in x's dtype: to_end * insert
+    visible: Tensor  # (b or 1) (c or 1) 1 1 q r bool: r is not after q and in its document
 
-class _Block:
-    """Some whole chunks of the sequence, laid out for matrix products, with their decays."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        log_decay: Tensor,
-        insert: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        document_starts: Tensor | None,
-        span: slice,
-        chunk: int,
-    ) -> None:
-        self.dtype, self.chunk = x.dtype, chunk
-        self.length = span.stop - span.start
-        self.pad = -self.length % chunk  # padded tokens neither decay nor insert
-        self.groups = B.shape[2]
-        self.heads = x.shape[2] // self.groups
-        self.D = None if D is None else D.to(x.dtype).view(self.groups, self.heads, -1)
-        self.x = self._chunks(x[:, span])  # b c g q k p
-        self.insert = self._chunks(insert[:, span, :, None])  # b c g q k 1
-        self.B = self._chunks(B[:, span]).squeeze(4)  # b c g q n
-        self.C = self._chunks(C[:, span]).squeeze(4)
-        starts = None if document_starts is None else self._chunks(document_starts[:, span, None, None])
-        self._decays(self._chunks(log_decay[:, span, :, None])[..., 0].transpose(3, 4).contiguous(), starts)
-        self.xo = self.x * (self.insert * self.to_end).to(x.dtype)  # b c g q k p
-
-    def _chunks(self, t: Tensor) -> Tensor:
-        """(B, t, G K, d) -> b c g q k d, with K = 1 for tensors that heads share."""
-        if self.pad:
-            t = F.pad(t, (0, 0, 0, 0, 0, self.pad))
-        groups = min(self.groups, t.shape[2])
-        return t.unflatten(1, (-1, self.chunk)).unflatten(3, (groups, -1)).transpose(2, 3)
-
-    def _tokens(self, t: Tensor) -> Tensor:
-        """b c g q k d -> (B, t, G K, d), padding dropped."""
-        return t.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, : self.length]
-
-    def _decays(self, log_decay: Tensor, starts: Tensor | None) -> None:
-        """From log decays b c g k q, everything that decays, in fp32:
-
-        within  b c g k q r  retention from token r to token q; 0 above the diagonal and across documents
-        from_start, to_end  b c g q k 1  from the chunk's border to q, and from q to the chunk's end
-        gain  b c g k 1 1  retention over the whole chunk minus one: no rounding where it is close to zero
-        """
-        sums = log_decay.cumsum(-1)
-        steps = torch.arange(self.chunk, device=sums.device)
-        visible = steps[:, None] >= steps
-        if starts is not None:
-            documents = starts[..., 0].transpose(3, 4).cumsum(-1)  # b c 1 1 q
-            visible = visible & (documents[..., :, None] == documents[..., None, :])
-        bits = sums * LOG2_E
-        difference = bits[..., :, None] - bits[..., None, :]
-        self.within = difference.clamp_(SMALLEST_BITS, 0.0).exp2_().mul_(visible)
+    @classmethod
+    def of(
+        cls, log_decay: Tensor, insert: Tensor, starts: Tensor | None, groups: int, chunk: int, dtype: torch.dtype
+    ) -> "_Weights":
+        log_decay, insert = (_chunks(t[..., None], groups, chunk)[..., 0].transpose(3, 4) for t in (log_decay, insert))
+        sums = log_decay.cumsum(4)
         from_start, to_end = sums.exp(), (sums[..., -1:] - sums).exp()
         gain = sums[..., -1].expm1()
+        visible = torch.ones(chunk, chunk, dtype=torch.bool, device=sums.device).tril()[None, None, None, None]
         if starts is not None:
+            documents = starts.unflatten(1, (-1, chunk))[:, :, None, None].cumsum(4)  # b c 1 1 q
+            visible = visible & (documents[..., :, None] == documents[..., None, :])
             from_start = from_start * (documents == 0)
             to_end = to_end * (documents == documents[..., -1:])
             gain = gain.masked_fill(documents[..., -1] > 0, -1.0)
-        self.from_start, self.to_end = (t.transpose(3, 4)[..., None].contiguous() for t in (from_start, to_end))
-        self.gain = gain[..., None, None]
+        inward, outward = (t.transpose(3, 4)[..., None].to(dtype).contiguous() for t in (from_start, to_end * insert))
+        insert = insert.clamp(min=SMALLEST_INSERT)
+        return cls(sums * LOG2_E, insert, to_end.contiguous(), gain[..., None, None], inward, outward, visible)
 
-    def _mixer(self) -> tuple[Tensor, Tensor]:
-        """What token q takes of what token r inserts: b c g k q r; and the scores C B^T, b c g 1 q r."""
-        scores = (self.C @ self.B.transpose(3, 4)).float()[:, :, :, None]
-        return (scores * self.within).to(self.dtype), scores
+    def visible_in(self, span: slice) -> Tensor:
+        return self.visible if self.visible.shape[1] == 1 else self.visible[:, span]
 
-    def _inserted_per_head(self) -> Tensor:
-        """insert * x, b c g k q p, contiguous."""
-        x, insert = self.x.transpose(3, 4), self.insert.to(self.dtype).transpose(3, 4)
-        # a plain product of permuted tensors would keep their order in memory
-        return torch.mul(x, insert, out=x.new_empty(x.shape))
 
-    def forward(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return y (B, t, H, P), the state after the block, the states that enter each chunk
-        (b c g (k p) n), and what each token reads of them before decay (b c g q k p)."""
-        entering, state = self._enter(state, self.xo.flatten(4).transpose(3, 4) @ self.B)
-        far = (self.C @ entering.transpose(3, 4)).unflatten(4, (self.heads, -1))
-        near = self._mixer()[0] @ self._inserted_per_head()
-        y = torch.addcmul(near.transpose(3, 4), far, self.from_start.to(self.dtype))
-        if self.D is not None:
-            y = y.addcmul_(self.x, self.D[:, None])
-        return self._tokens(y), state, entering, far
+def _retention(w: _Weights, span: slice) -> Tensor:
+    """What a later token q keeps of what token r inserts, times its weight: b c g k q r fp32, any r > q undefined."""
+    bits = w.bits[:, span]
+    kept = bits[..., :, None] - bits[..., None, :]
+    return kept.clamp_(SMALLEST_BITS, 0.0).exp2_().mul_(w.insert[:, span, ..., None, :])
 
-    def _enter(self, state: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-        """Run state <- state + gain state + added over the chunks, the running state in fp32.
 
-        Args:
-            state: (B, H, P, N) fp32. added: b c g (k p) n.
+def _scores(B: Tensor, C: Tensor, w: _Weights, span: slice) -> Tensor:
+    """C B^T where r is visible from q: b c g 1 q r fp32."""
+    return (C @ B.transpose(3, 4)).float()[:, :, :, None] * w.visible_in(span)
 
-        Returns:
-            The states that enter each chunk, as `added`, and the state after the last (B, H, P, N).
-        """
-        entering = torch.empty_like(added)
-        per_head = [t.unflatten(3, (self.heads, -1)) for t in (added, entering)]
-        running = state.unflatten(1, (self.groups, self.heads)).clone()
-        for c in range(added.shape[1]):
-            per_head[1][:, c] = running
-            running.addcmul_(running, self.gain[:, c]).add_(per_head[0][:, c])
-        return entering, running.flatten(1, 2)
 
-    def _leave(self, dstate: Tensor, dentering: Tensor, entering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same recurrence backwards: gradients of `added`, of the chunks' log decays (b c g k), of `state`."""
-        dadded = torch.empty_like(dentering)
-        per_head = [t.unflatten(3, (self.heads, -1)) for t in (dentering, entering, dadded)]
-        running = dstate.unflatten(1, (self.groups, self.heads)).clone()
-        dgain = torch.empty_like(self.gain[..., 0, 0])
-        for c in reversed(range(dentering.shape[1])):
-            per_head[2][:, c] = running
-            dgain[:, c] = (running * per_head[1][:, c]).sum((3, 4))
-            running.addcmul_(running, self.gain[:, c]).add_(per_head[0][:, c])
-        return dadded, dgain * (self.gain[..., 0, 0] + 1), running.flatten(1, 2)
+def _with_skip(mixer: Tensor, D: Tensor, dtype: torch.dtype) -> Tensor:
+    """Put D x_t on the diagonal of what token q takes of x_r, in place; in the dtype of x."""
+    mixer.diagonal(dim1=4, dim2=5).add_(D.view(mixer.shape[2], -1, 1))
+    return mixer.to(dtype)
 
-    def backward(self, dy: Tensor, dstate: Tensor, entering: Tensor, far: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, log_decay, insert, B, C, D and the block's entering state."""
-        dy = self._chunks(dy)  # b c g q k p
 
-        # Through the states that enter each chunk.
-        dfar = dy * self.from_start.to(self.dtype)
-        dadded, dgain, dstate = self._leave(dstate, dfar.flatten(4).transpose(3, 4) @ self.C, entering)
-        dC = dfar.flatten(4) @ entering
-        dxo = (self.B @ dadded.transpose(3, 4)).unflatten(4, (self.heads, -1))
-        dB = self.xo.flatten(4) @ dadded
-        scratch = torch.empty_like(dy)
-        ending = torch.mul(dxo, self.xo, out=scratch).sum(-1, dtype=torch.float32)
-        dsums = torch.mul(dfar, far, out=scratch).sum(-1, dtype=torch.float32).sub_(ending)  # b c g q k
-        dsums[:, :, :, -1] += ending.sum(3) + dgain
+def _recur(state: Tensor, gain: Tensor, added: Tensor, backwards: bool = False) -> Tensor:
+    """Run state <- state + gain state + added over the chunks, in fp32.
 
-        # Inside the chunks.
-        mixer, scores = self._mixer()
-        dy_heads = dy.transpose(3, 4).contiguous()
-        dxw = (mixer.transpose(4, 5) @ dy_heads).transpose(3, 4)
-        dxw = torch.addcmul(dxw, dxo, self.to_end.to(self.dtype))  # b c g q k p
-        dmixer = (dy_heads @ self._inserted_per_head().transpose(4, 5)).float().mul_(self.within)
-        dscores = dmixer.sum(3).to(self.dtype)
-        dmixer = dmixer.mul_(scores)
-        # row and column sums agree exactly on the diagonal, so fast decays leave no noise
-        dsums += (dmixer.sum(-1) - dmixer.sum(-2)).transpose(3, 4)
-        dC += dscores @ self.B
-        dB += dscores.transpose(3, 4) @ self.C
+    Args:
+        state: b g k p n fp32. gain: b c g k 1 1 fp32. added: b c g k p n. backwards: from the last chunk.
 
-        dlog_decay = dsums.flip(3).cumsum(3).flip(3)[..., None]
-        dinsert = torch.mul(dxw, self.x, out=scratch).sum(-1, keepdim=True, dtype=torch.float32)
-        dx = dxw.mul_(self.insert.to(self.dtype))
-        dD = None
-        if self.D is not None:
-            dx = dx.addcmul_(dy, self.D[:, None])
-            dD = torch.mul(dy, self.x, out=scratch).sum((0, 1, 3), dtype=torch.float32).flatten(0, 1)
-            dD = dD if self.D.shape[2] > 1 or dD.shape[1] == 1 else dD.sum(-1)
-        grads = (dx, dlog_decay, dinsert, dB[:, :, :, :, None], dC[:, :, :, :, None])
-        dx, dlog_decay, dinsert, dB, dC = (self._tokens(t) for t in grads)
-        return dx, dlog_decay[..., 0], dinsert[..., 0], dB, dC, dD, dstate
+    Returns:
+        The states between chunks, b c+1 g k p n, in the order of the sequence.
+    """
+    states = state.new_empty(len(state), added.shape[1] + 1, *state.shape[1:])
+    places, gains, parts = (t.unbind(1)[:: -1 if backwards else 1] for t in (states, gain, added.float()))
+    places[0].copy_(state)
+    for before, after, gained, part in zip(places, places[1:], gains, parts, strict=False):
+        torch.addcmul(before, before, gained, out=after).add_(part)
+    return states
+
+
+def _blocks(xs: Tensor) -> list[slice]:
+    """Cut the chunks of b c g q k p into blocks."""
+    batch, chunks, groups, chunk, heads, _ = xs.shape
+    step = max(1, BLOCK_ELEMENTS // (batch * groups * heads * chunk * chunk))
+    return [slice(start, min(start + step, chunks)) for start in range(0, chunks, step)]
+
+
+def _chunks(t: Tensor, groups: int, chunk: int) -> Tensor:
+    """(B, T, G K, d) -> b c g q k d, a view."""
+    return t.unflatten(2, (groups, -1)).unflatten(1, (-1, chunk)).transpose(2, 3)
+
+
+def _tokens(t: Tensor) -> Tensor:
+    """b c g k q -> (B, T, G K)."""
+    return t.permute(0, 1, 4, 2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _per_head(t: Tensor) -> Tensor:
+    """b c g q k p -> b c g k q p, contiguous."""
+    return t.transpose(3, 4).contiguous()

@@ -50,7 +50,7 @@ class Progress(pl.Callback):
         values = "  ".join(f"{name} {value:.4f}" for name, value in self.metrics.val_metrics.items())
         line = f"step {trainer.global_step}/{self.config.trainer.max_steps}  {values}"
         if self._bar is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._bar.console.print(line, highlight=False)
+            self._bar.console.print(line, highlight=False, soft_wrap=True)
         else:
             print(line, flush=True)
 

@@ -73,6 +73,23 @@ def test_equals_the_oracle(case: dict, gradients: Any, check_close: Any) -> None
         check_close(actual, expected[name], TOLERANCE, name, floor=1e-2)
 
 
+@pytest.mark.parametrize(("batch", "length", "channels"), [(1, 1700, 400), (3, 600, 350), (900, 3, 200)])
+def test_large_inputs_equal_the_oracle(
+    batch: int, length: int, channels: int, gradients: Any, check_close: Any
+) -> None:
+    """Far more than fits a cache: long rows, rows that share blocks, many short rows, with documents."""
+    documents = [frozenset(torch.randint(length, (5,)).tolist()) for _ in range(batch)]
+    sizes = {"batch": batch, "length": length, "channels": channels, "width": 4, "seed": 0}
+    case = sizes | {"bias": True, "state": True, "activation": True, "documents": documents}
+    leaves, options = make(case)
+    double = as_double(leaves)
+    ours, oracle = causal_conv1d(**leaves, **options), naive_causal_conv1d(**double, **options)
+    check_close(ours[0], oracle[0], TOLERANCE, "y")
+    expected = gradients(oracle, double)
+    for name, actual in gradients(ours, leaves).items():
+        check_close(actual, expected[name], TOLERANCE, name)
+
+
 @settings(max_examples=60)
 @given(case=draw_case(), data=st.data())
 def test_pieces_equal_the_whole(case: dict, data: Any, gradients: Any, check_close: Any) -> None:

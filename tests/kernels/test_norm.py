@@ -57,6 +57,27 @@ def test_equals_the_oracle(case: tuple[dict, dict], gradients: Any, check_close:
         check_close(actual, expected[name], 1e-5, name, floor=0.3 * natural)
 
 
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+def test_a_large_slice_of_a_projection_equals_the_oracle(
+    norm_before_gate: bool, gradients: Any, check_close: Any
+) -> None:
+    """Far more than fits a cache, and z a view of in_proj's output, the way a layer calls it."""
+    leaves = {
+        "x": torch.randn(3, 700, 256),
+        "projected": torch.randn(3, 700, 300),
+        "weight": torch.randn(256),
+    }
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    double = as_double(leaves)
+    options: dict[str, Any] = {"eps": 1e-5, "n_groups": 2, "norm_before_gate": norm_before_gate}
+    ours = gated_rms_norm(leaves["x"], leaves["projected"][..., :256], leaves["weight"], **options)
+    oracle = naive_gated_rms_norm(double["x"], double["projected"][..., :256], double["weight"], **options)
+    check_close(ours, oracle, 1e-5, "y")
+    expected = gradients((oracle,), double)
+    for name, actual in gradients((ours,), leaves).items():
+        check_close(actual, expected[name], 1e-5, name)
+
+
 @settings(max_examples=30)
 @given(case=draw_case())
 def test_bf16_is_computed_in_fp32(case: tuple[dict, dict], gradients: Any, check_close: Any) -> None:

@@ -119,6 +119,21 @@ def test_bf16_is_the_oracle_of_the_same_values(
             check_close(actual, expected[name], 4e-2, name, floor=10.0 if leaf == "dt" else 1.0)
 
 
+def test_softplus_far_from_zero(scan_case: Any, check_close: Any) -> None:
+    """dt before softplus from -30 to 45: exact where it is linear, and where it vanishes."""
+    case = scan_case(length=76, regime="slow", dt_softplus=True)
+    double = as_double(case.leaves())
+    with torch.no_grad():
+        double["dt"].copy_(torch.arange(-30.0, 46.0)[:, None])
+    oracle, explicit = case.scan(double, backend="naive"), written_out(case, double)
+    check_close(oracle[0], explicit[0], 1e-13, "y")
+    single = {name: leaf.float() for name, leaf in double.items()}
+    for token in range(76):  # alone, or the large ones would hide the small
+        piece = slice(token, token + 1)
+        y, expected = case.scan(single, piece)[0], case.scan(double, piece, backend="naive")[0]
+        check_close(y, expected, 1e-6, f"dt {token - 30}")
+
+
 def test_slices_of_one_projection_equal_contiguous_inputs(gradients: Any, check_close: Any) -> None:
     """x, B, C and dt as views of one in_proj output, the way a layer calls it."""
     B, T, H, P, G, N = 2, 75, 4, 8, 2, 12

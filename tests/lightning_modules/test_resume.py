@@ -101,6 +101,22 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(tmp_path: Path, extra
         assert steps == sorted({*expected, 32}), key
 
 
+def test_a_run_killed_during_a_validation_validates_again(tmp_path: Path) -> None:
+    slow = ["data.val_sequences=300", "trainer.max_steps=9", "trainer.log_every=4", "trainer.val_every=4"]
+    argv = [*SETTINGS, *slow, "data.curriculum_steps=2", "tracking.enabled=false", f"run_dir={tmp_path}/run"]
+    run_dir, output = tmp_path / "run", tmp_path / "output.txt"
+    process = start_train(argv, output)
+    # Step 8's training point is written, its validation begins, and only then would come its checkpoint.
+    assert wait_until(lambda: last_step(run_dir) == 8, process)
+    process.join(0.1)
+    process.kill()
+    process.join()
+    assert [path.name for path in list_checkpoints(run_dir / "checkpoints")] == ["step=0000004.ckpt"]
+    assert train(argv, output) == 0, output.read_text()
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "val/loss" in r["metrics"]] == [4, 8, 9]
+
+
 def test_a_truncated_checkpoint_is_passed_over_with_one_line(tmp_path: Path) -> None:
     argv = [*SETTINGS, "tracking.enabled=false", "trainer.keep_last=3"]
     whole, broken, output = tmp_path / "whole", tmp_path / "broken", tmp_path / "output.txt"

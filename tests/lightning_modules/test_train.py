@@ -4,8 +4,10 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,7 @@ def test_a_signal_saves_then_reads_killed_and_the_run_goes_on(tmp_path: Path, si
     process.join()
     assert process.exitcode == 128 + signum, output.read_text()
     assert "Traceback" not in output.read_text()
+    assert f"stopped by {signal.Signals(signum).name}; the same command continues" in output.read_text()
     (saved,) = list_checkpoints(run_dir / "checkpoints")
     assert (run_dir / "checkpoints" / "last.ckpt").resolve() == saved.resolve()
     run_id = json.loads((run_dir / "tracking.json").read_text())["run_id"]
@@ -181,3 +184,27 @@ def test_a_mistake_found_late_is_still_one_line(tmp_path: Path, arguments: list[
     lines = (tmp_path / "output.txt").read_text().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"error: {message}")
+
+
+def test_a_completed_run_sends_what_its_store_had_refused(tmp_path: Path) -> None:
+    """The store breaks after the run has started; the run goes on, and the next start completes the store."""
+    uri, run_dir, output = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "run", tmp_path / "output.txt"
+    argv = [*SMALL, f"tracking.uri={uri}", f"run_dir={run_dir}", "trainer.max_steps=100"]
+    process = start_train(argv, output)
+    assert wait_until((run_dir / "metrics.jsonl").exists, process)
+    with closing(sqlite3.connect(tmp_path / "mlflow.db", timeout=30)) as database:
+        database.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON metrics BEGIN SELECT RAISE(FAIL, 'disk is full'); END"
+        )
+        process.join()
+        assert process.exitcode == 0, output.read_text()
+        warnings = [line for line in output.read_text().splitlines() if line.startswith("warning: ")]
+        assert len(warnings) == 2  # when it broke, and what is left at the end
+        assert not read_result(run_dir)["tracking_complete"]
+        database.execute("DROP TRIGGER full")
+    assert train(argv, output) == 0, output.read_text()
+    result = read_result(run_dir)
+    assert result["tracking_complete"]
+    assert connect(uri).get_run(result["mlflow_run_id"]).info.status == "FINISHED"
+    points = connect(uri).get_metric_history(result["mlflow_run_id"], "train/loss")
+    assert sorted(point.step for point in points) == list(range(2, 101, 2))

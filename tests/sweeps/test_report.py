@@ -193,7 +193,7 @@ def test_table_has_a_row_per_trial(config):
 def test_labels_and_the_line_that_opens_the_records():
     assert (
         describe({"data.train_length": 256, "optim.lr": 0.00123456}, seed=1)
-        == "train_length 256, lr 0.001235, seed 1"
+        == "train_length 256, lr 0.00123456, seed 1"
     )
     assert describe(FORGET) == "forget_more alpha_scale 0.999"
     assert describe(SCALE) == "delta_scale 0.9"
