@@ -82,7 +82,7 @@ def from_command_line(schema: type[T], usage: str, argv: list[str] | None = None
     return config
 
 
-class user_errors:  # noqa: N801 - reads as a statement: `with user_errors():`
+class user_errors:
     """Turn a ValueError, our word for a user's mistake, into one line and exit status 2."""
 
     def __enter__(self) -> None: ...

@@ -105,7 +105,7 @@ class ModelConfig:
         low, high = self.dt_limit
         require(0 <= low < high, "model.dt_limit", self.dt_limit, "needs 0 <= low < high, e.g. [0.0, .inf]")
         low, high = self.A_init_range
-        require(0 < low <= high, "model.A_init_range", self.A_init_range, "needs 0 < low <= high, e.g. [1, 16]")
+        require(0 < low <= high, "model.A_init_range", self.A_init_range, "needs 0 < low <= high")
         require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "must be positive, e.g. 1e-5")
 
 
@@ -129,7 +129,7 @@ class DocumentsConfig:
     split: str = option("train", "split of a hub dataset")
     text_field: str = option("text", "field that holds the text in jsonl, parquet and hub datasets")
     min_tokens: int = option(1, "documents shorter than this are dropped")
-    max_tokens: int | None = option(None, "stop reading the source after this many tokens; none: read all of it")
+    max_tokens: int | None = option(None, "read no more of the source than this many tokens; none: all")
     layout: Literal["packed", "consecutive"] = option(
         "packed", "packed: document starts reset the state; consecutive: each row continues in the next batch"
     )
@@ -175,7 +175,7 @@ class DataConfig:
             )
         else:
             require(
-                1 <= self.curriculum_length <= self.train_length and self.train_length % self.curriculum_length == 0,
+                1 <= self.curriculum_length and self.train_length % self.curriculum_length == 0,
                 "data.curriculum_length",
                 self.curriculum_length,
                 f"must divide data.train_length={self.train_length}, so that tokens a step stay equal",
@@ -213,7 +213,7 @@ class TrainerConfig:
     devices: int = option(1, "devices per node")
     num_nodes: int = option(1, "nodes")
     strategy: Literal["auto", "ddp"] = option("auto", "auto: ddp as soon as there are several devices")
-    precision: Literal["32-true", "bf16-mixed"] = option("32-true", "bf16-mixed keeps states and decays in fp32")
+    precision: Literal["32-true", "bf16-mixed"] = option("32-true", "bf16-mixed: states, decays in fp32")
     threads: int | None = option(None, "CPU threads of this process; none: all cores")
     log_every: int = option(10, "optimizer steps between logged points")
     val_every: int = option(100, "optimizer steps between validations")
@@ -222,8 +222,8 @@ class TrainerConfig:
     progress_bar: bool = option(True, "a progress bar with tokens/s when the output is a terminal")
 
     def __post_init__(self) -> None:
-        names = ("max_steps", "accumulate", "devices", "num_nodes", "log_every", "val_every", "checkpoint_every")
-        require_at_least("trainer", self, 1, *names, "keep_last")
+        names = ["max_steps", "accumulate", "devices", "num_nodes", "log_every", "val_every", "keep_last"]
+        require_at_least("trainer", self, 1, *names, "checkpoint_every")
         if self.threads is not None:
             require_at_least("trainer", self, 1, "threads")
 
@@ -313,12 +313,12 @@ class TrainConfig:
 class PasskeyEvalConfig:
     """Passkey accuracy by length and depth, and with recent needles only."""
 
-    lengths: list[int] = option([], "prompt lengths in tokens; empty: 1x, 2x, 4x, ... 64x the training length")
+    lengths: list[int] = option([], "prompt lengths in tokens; empty: 1x, 2x, ... 64x the training length")
     prompts: int = option(64, "prompts per length with the needle within the last training length (recent)")
     depths: int = option(10, "needle depths per length; 0 skips recall over all depths")
     prompts_per_depth: int = option(8, "prompts per depth")
     max_depth_length: int | None = option(None, "longest length for recall over all depths; none: 16x")
-    recent_window: int | None = option(None, "recent needles lie within this many last tokens; none: train_length")
+    recent_window: int | None = option(None, "recent: within this many last tokens; none: train_length")
 
     def __post_init__(self) -> None:
         for length in self.lengths:

@@ -49,7 +49,8 @@ class ModelState:
         """Refuse to continue under another mitigation or with another number of rows."""
         if self.mitigation != mitigation:
             raise ValueError(
-                f"state belongs to mitigation {self.mitigation!r}, the call uses {mitigation!r}: start from a new state"
+                f"state belongs to mitigation {self.mitigation!r}, the call uses {mitigation!r}: "
+                "start from a new state"
             )
         if self.batch_size != batch:
             raise ValueError(f"state has {self.batch_size} rows, the batch {batch}: they must agree")

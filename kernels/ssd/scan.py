@@ -30,7 +30,7 @@ def ssd_scan(
     chunk_size: int = 64,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Selective state-space recurrence of Mamba-2 (arXiv 2405.21060, section 6), differentiable in every tensor.
+    """Selective state-space recurrence of Mamba-2 (arXiv 2405.21060, section 6), differentiable throughout.
 
         h_t = alpha_scale * exp(dt_t A) h_{t-1} + insert_scale * dt_t * x_t B_t^T        y_t = h_t C_t + D x_t
 
