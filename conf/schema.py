@@ -175,7 +175,7 @@ class DataConfig:
             )
         else:
             require(
-                1 <= self.curriculum_length and self.train_length % self.curriculum_length == 0,
+                self.curriculum_length >= 1 and self.train_length % self.curriculum_length == 0,
                 "data.curriculum_length",
                 self.curriculum_length,
                 f"must divide data.train_length={self.train_length}, so that tokens a step stay equal",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.schema import TrackingConfig
+from lightning_modules.imports import heavy_imports
 
 if TYPE_CHECKING:
     from mlflow.tracking.client import MlflowClient
@@ -50,13 +51,14 @@ def connect(uri: str) -> "MlflowClient":
     """MLflow's client, imported here with its chatter switched off."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from mlflow.tracking.client import MlflowClient
-
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # Prints a stack for every error that it also raises; we report those in one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    return MlflowClient(tracking_uri=uri)
+    with heavy_imports():
+        from mlflow.tracking.client import MlflowClient
+
+        client = MlflowClient(tracking_uri=uri)  # imports what its kind of store needs
+    return client
 
 
 def sqlite_path(uri: str) -> Path | None:

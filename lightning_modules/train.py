@@ -18,6 +18,7 @@ from typing import Any
 
 from conf.load import flatten, from_command_line, user_errors
 from conf.schema import TrainConfig
+from lightning_modules.imports import heavy_imports
 from lightning_modules.run_dir import (
     RunError,
     is_rank_zero,
@@ -50,7 +51,8 @@ def train(path: Path, config: TrainConfig) -> dict[str, Any]:
     run = open_run_dir(path, config)
     try:
         # The heavy imports come once the command is known to be right and the directory ours.
-        from lightning_modules.fit import fit
+        with heavy_imports():
+            from lightning_modules.fit import fit
 
         return fit(run)
     except RunError as error:

@@ -51,90 +51,110 @@ def causal_conv1d(
         raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}: expected {expected}")
     if document_starts is not None and tuple(document_starts.shape) != (batch, length):
         raise ValueError(f"document_starts has shape {tuple(document_starts.shape)}: expected {(batch, length)}")
-    padded = torch.cat([initial_state.transpose(1, 2).to(x.dtype), x], dim=1)
-    tail = padded[:, -(width - 1) :]
+    before = initial_state.transpose(1, 2).to(x.dtype)
+    tail = torch.cat([before, x[:, 1 - width :]], dim=1)[:, 1 - width :]
     if document_starts is not None:
         tail = tail * _same_document_as_last(document_starts, width - 1).to(x.dtype)
-    y = _CausalConv.apply(padded, weight, bias, document_starts, activation)
+    y = _CausalConv.apply(x, before, weight, bias, document_starts, activation)
     return y, tail.transpose(1, 2).contiguous()
 
 
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, padded: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None, activation: bool
+        ctx: Any,
+        x: Tensor,
+        before: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        starts: Tensor | None,
+        activation: bool,
     ) -> Tensor:
-        ctx.save_for_backward(padded, weight, bias, starts)
+        ctx.save_for_backward(x, before, weight, bias, starts)
         ctx.activation = activation
-        conv = _Convolution(padded, weight, bias, starts)
-        y = padded.new_empty(padded.shape[0], conv.length, padded.shape[2])
-        for rows, times in _blocks(y):
-            total = conv(rows, times)
+        conv = _Convolution(x, before, weight, bias, starts)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for rows, times in _blocks(x):
+            total = conv.sums(conv.inputs(rows, times), rows, times)
             y[rows, times] = F.silu(total, inplace=True) if activation else total
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        padded, weight, bias, starts = ctx.saved_tensors
-        conv = _Convolution(padded, weight, bias, starts)
-        dpadded = torch.empty_like(padded)
+        x, before, weight, bias, starts = ctx.saved_tensors
+        conv = _Convolution(x, before, weight, bias, starts)
+        dx, dbefore = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, before))
         dtaps, dbias = torch.zeros_like(conv.taps), torch.zeros_like(conv.taps[0])
-        for rows, inputs in _blocks(padded):  # a block of inputs, and the tokens that read them
-            times = slice(max(0, inputs.start - conv.width + 1), min(inputs.stop, conv.length))
-            d = dy[rows, times].float()
+        for rows, times in reversed(list(_blocks(x))):
+            inputs, length = conv.inputs(rows, times), times.stop - times.start
+            # the sums that read these inputs: those of this block and the first of the block after it
+            after = reading[:, : conv.lags] if times.stop < x.shape[1] else 0.0
+            reading = inputs.new_empty(inputs.shape)
+            reading[:, length:] = after
+            d = reading[:, :length].copy_(dy[rows, times])
             if ctx.activation:
-                d = torch.ops.aten.silu_backward(d, conv(rows, times))
-            dpadded[rows, inputs] = conv.transposed(d, rows, times, inputs)
-            own = slice(min(inputs.start, conv.length), times.stop)  # each token counts in one block only
-            conv.accumulate(d[:, own.start - times.start :], rows, own, dtaps, dbias)
-        dweight = dtaps.t().to(weight.dtype)
-        return dpadded, dweight, None if bias is None else dbias.to(bias.dtype), None, None
+                torch.ops.aten.silu_backward.grad_input(d, conv.sums(inputs, rows, times), grad_input=d)
+            conv.accumulate(d, inputs, rows, times, dtaps, dbias)
+            dx[rows, times] = conv.transposed(reading, rows, times)
+            if times.start == 0:
+                reading = F.pad(reading[:, : conv.lags], (0, 0, conv.lags, 0))
+                dbefore[rows] = conv.transposed(reading, rows, slice(-conv.lags, 0))
+        return dx, dbefore, dtaps.t().to(weight.dtype), None if bias is None else dbias.to(bias.dtype), None, None
 
 
 class _Convolution:
-    """The convolution of the padded inputs (B, T + W - 1, C), evaluated a block at a time in fp32."""
+    """The convolution of x (B, T, C) that follows `before` (B, W - 1, C), evaluated a block at a time in fp32."""
 
-    def __init__(self, padded: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None) -> None:
-        self.padded, self.bias = padded, None if bias is None else bias.float()
+    def __init__(
+        self, x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None
+    ) -> None:
+        self.x, self.before = x, before
         self.taps = weight.float().t().contiguous()  # (W, C)
-        self.width = weight.shape[1]
-        self.length = padded.shape[1] - self.width + 1
-        self.visible = _visible(starts, self.width)
+        self.bias = torch.zeros_like(self.taps[0]) if bias is None else bias.float()
+        self.lags = weight.shape[1] - 1
+        self.visible = _visible(starts, self.lags)
 
-    def __call__(self, rows: slice, times: slice) -> Tensor:
-        inputs = self.padded[rows, times.start : times.stop + self.width - 1].float()
+    def inputs(self, rows: slice, times: slice) -> Tensor:
+        """Everything that the sums of `times` read, (b, t + W - 1, C)."""
+        if times.start >= self.lags:
+            return self.x[rows, times.start - self.lags : times.stop].float()
+        known = torch.cat([self.before[rows], self.x[rows, : times.stop]], dim=1)
+        return known[:, times.start :].float()
+
+    def sums(self, inputs: Tensor, rows: slice, times: slice) -> Tensor:
+        """bias + sum over the taps, (b, t, C)."""
         length = times.stop - times.start
-        total = inputs[:, self.width - 1 :] * self.taps[-1]
-        if self.bias is not None:
-            total += self.bias
-        for k in range(self.width - 1):
-            total.addcmul_(self._masked(inputs[:, k : k + length], k, rows, times), self.taps[k])
+        total = torch.addcmul(self.bias, inputs[:, self.lags :], self.taps[-1])
+        for k in range(self.lags):
+            total.addcmul_(self._masked(inputs[:, k : k + length], k, rows, times.start), self.taps[k])
         return total
 
-    def transposed(self, d: Tensor, rows: slice, times: slice, inputs: slice) -> Tensor:
-        """Gradient of the inputs in `inputs` from the gradient d of the sums in `times`."""
-        length = inputs.stop - inputs.start
-        before, after = times.start - (inputs.start - self.width + 1), inputs.stop - times.stop
-        total = d.new_zeros(d.shape[0], length, d.shape[2])
-        for k in range(self.width):
-            masked = self._masked(d, k, rows, times)
-            if before or after:
-                masked = F.pad(masked, (0, 0, before, after))
-            first = self.width - 1 - k
-            total.addcmul_(masked[:, first : first + length], self.taps[k])
+    def transposed(self, d: Tensor, rows: slice, times: slice) -> Tensor:
+        """Gradient of the inputs at `times` from d (b, t + W - 1, C), the gradient of the sums from there on."""
+        length = times.stop - times.start
+        total = d[:, :length] * self.taps[-1]
+        for k in range(self.lags):
+            lag = self.lags - k
+            masked = self._masked(d[:, lag : lag + length], k, rows, times.start + lag)
+            total.addcmul_(masked, self.taps[k])
         return total
 
-    def accumulate(self, d: Tensor, rows: slice, times: slice, dtaps: Tensor, dbias: Tensor) -> None:
-        """Add the share of the tokens in `times` to the gradients of taps and bias."""
-        inputs = self.padded[rows, times.start : times.stop + self.width - 1].float()
+    def accumulate(
+        self, d: Tensor, inputs: Tensor, rows: slice, times: slice, dtaps: Tensor, dbias: Tensor
+    ) -> None:
+        """Add the share of the sums at `times` to the gradients of taps and bias."""
         dbias += d.sum((0, 1))
-        for k in range(self.width):
-            product = self._masked(d, k, rows, times) * inputs[:, k : k + d.shape[1]]
+        product = torch.empty_like(d)
+        for k in range(self.lags + 1):
+            torch.mul(self._masked(d, k, rows, times.start), inputs[:, k : k + d.shape[1]], out=product)
             dtaps[k] += product.sum((0, 1))
 
-    def _masked(self, t: Tensor, k: int, rows: slice, times: slice) -> Tensor:
-        mask = self.visible[k]
-        return t if mask is None else t * mask[rows, times]
+    def _masked(self, t: Tensor, k: int, rows: slice, start: int) -> Tensor:
+        """t (b, t, C) where tap k of the tokens from `start` on is visible."""
+        if self.visible is None or k == self.lags:
+            return t
+        first = start + self.lags
+        return t * self.visible[k][rows, first : first + t.shape[1]]
 
 
 def _blocks(t: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -147,13 +167,14 @@ def _blocks(t: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(row, min(row + rows, batch)), slice(time, min(time + times, length))
 
 
-def _visible(starts: Tensor | None, width: int) -> list[Tensor | None]:
-    """For each tap k, (B, T, 1) fp32: 1 where the token W - 1 - k earlier belongs to the same document."""
+def _visible(starts: Tensor | None, lags: int) -> list[Tensor] | None:
+    """For each tap but the last, (B, lags + T + lags, 1) fp32: 1 where the token `lags - k` earlier belongs to
+    the same document. The margins let tokens just outside the sequence be asked for too."""
     if starts is None:
-        return [None] * width
-    documents = F.pad(starts.int(), (width - 1, 0)).cumsum(1)
-    now, length = documents[:, width - 1 :], starts.shape[1]
-    return [(documents[:, k : k + length] == now)[..., None].float() for k in range(width - 1)] + [None]
+        return None
+    documents = F.pad(starts.int(), (lags, 0)).cumsum(1)
+    same = [documents[:, k : k + starts.shape[1]] == documents[:, lags:] for k in range(lags)]
+    return [F.pad(tap.float(), (lags, lags))[..., None] for tap in same]
 
 
 def _same_document_as_last(starts: Tensor, count: int) -> Tensor:

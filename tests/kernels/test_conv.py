@@ -31,9 +31,7 @@ def draw_case(draw: Any) -> dict[str, Any]:
     }
 
 
-def make(
-    case: dict[str, Any], dtype: torch.dtype = torch.float32
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def make(case: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tensor arguments that record gradients, and the other arguments."""
     generator = torch.Generator().manual_seed(case["seed"])
     shapes = {
@@ -56,7 +54,7 @@ def make(
     return leaves, {"document_starts": starts, "activation": case["activation"]}
 
 
-def as_double(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_double(leaves: dict[str, Any]) -> dict[str, Any]:
     return {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
 
 

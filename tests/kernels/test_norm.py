@@ -30,7 +30,7 @@ def draw_case(draw: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return sizes, options
 
 
-def make(sizes: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def make(sizes: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(sizes["seed"])
     shapes = {"x": sizes["shape"], "z": sizes["shape"], "weight": sizes["shape"][-1:]}
     leaves = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -38,7 +38,7 @@ def make(sizes: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str,
     return {name: leaf.to(dtype).requires_grad_() for name, leaf in leaves.items()}
 
 
-def as_double(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_double(leaves: dict[str, Any]) -> dict[str, Any]:
     return {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.ssd import Mitigation, ssd_scan
 
 LONG = 131_072
-Leaves = dict[str, Tensor]
+Leaves = dict[str, Any]
 
 
 def reference(leaves: Leaves, factors: dict[str, float], block: int = 512) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def as_double(leaves: Leaves) -> Leaves:
 
 
 def scan(leaves: Leaves, factors: dict[str, float], tokens: slice = slice(None), **changes: Any) -> Any:
-    tokenwise = {name: leaves[name][:, tokens] for name in ("x", "dt", "B", "C")}
+    tokenwise: dict[str, Any] = {name: leaves[name][:, tokens] for name in ("x", "dt", "B", "C")}
     arguments = {"A": leaves["A"], "initial_state": leaves["initial_state"]} | changes
     return ssd_scan(**tokenwise, **arguments, mitigation=Mitigation(name="test", **factors))
 

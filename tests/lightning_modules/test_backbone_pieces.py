@@ -158,7 +158,7 @@ def test_a_mitigation_changes_the_logits() -> None:
     plain = model(ids).logits
     assert torch.equal(model(ids, mitigation=Mitigation(name="neutral")).logits, plain)
     for factor in ("alpha_scale", "insert_scale", "delta_scale", "decay_scale"):
-        assert not torch.allclose(model(ids, mitigation=Mitigation(name="m", **{factor: 0.5})).logits, plain)  # type: ignore[arg-type]
+        assert not torch.allclose(model(ids, mitigation=Mitigation(name="m", **{factor: 0.5})).logits, plain)
 
 
 def test_bf16_autocast_keeps_states_and_gradients_in_fp32(check_close: Any) -> None:

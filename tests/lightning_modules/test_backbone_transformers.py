@@ -17,7 +17,7 @@ from conf.schema import ModelConfig
 from lightning_modules.backbone import Mamba2LM
 
 INF = float("inf")
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "one_group": {"d_model": 32, "headdim": 8, "d_state": 16},
     "groups": {"d_model": 32, "headdim": 8, "d_state": 12, "n_groups": 4},
     "untied": {"d_model": 24, "headdim": 16, "d_state": 5, "n_groups": 3, "tie_embeddings": False},
@@ -63,7 +63,7 @@ def ids() -> Tensor:
 
 @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES.keys())
 def test_logits_and_gradients_agree(sizes: dict, ids: Tensor, check_close: Any) -> None:
-    """fp32, 1e-4 (measured: 2e-6), through the whole backbone and back to every parameter."""
+    """1e-4 through the whole backbone and back to every parameter (measured: 7e-7, gradients 3e-5)."""
     ours, theirs = build_pair(sizes)
     logits, expected = ours(ids).logits, theirs(ids, use_cache=False).logits
     check_close(logits, expected, 1e-4, "logits")
