@@ -91,9 +91,12 @@ class _CausalConv(torch.autograd.Function):
             after = reading[:, : conv.lags] if times.stop < x.shape[1] else 0.0
             reading = inputs.new_empty(inputs.shape)
             reading[:, length:] = after
-            d = reading[:, :length].copy_(dy[rows, times])
+            d, dy_block = reading[:, :length], dy[rows, times].float()
             if ctx.activation:
-                torch.ops.aten.silu_backward.grad_input(d, conv.sums(inputs, rows, times), grad_input=d)
+                sums = conv.sums(inputs, rows, times)
+                torch.ops.aten.silu_backward.grad_input(dy_block, sums, grad_input=d)
+            else:
+                d.copy_(dy_block)
             conv.accumulate(d, inputs, rows, times, dtaps, dbias)
             dx[rows, times] = conv.transposed(reading, rows, times)
             if times.start == 0:

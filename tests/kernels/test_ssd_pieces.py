@@ -143,6 +143,20 @@ def test_gradients_stay_inside_a_document_and_a_row(scan_case: Any) -> None:
         assert outside.max() <= (1e-6 * size.max() if name == "dt" else 0), name
 
 
+def test_a_token_without_a_step_changes_nothing(scan_case: Any, gradients: Any, check_scan: Any) -> None:
+    """dt = 0 keeps the state and inserts nothing, yet the gradient of that dt is what the oracle says."""
+    case = scan_case(length=40, initial_state=True, D="head")
+    leaves, double = case.leaves(), case.leaves()
+    with torch.no_grad():
+        for some in (leaves, double):
+            some["dt"][:, 10:30] = 0
+    before, after = case.scan(leaves, slice(0, 10))[1], case.scan(leaves, slice(0, 30))[1]
+    assert torch.equal(before, after)
+    double = {name: leaf.detach().double().requires_grad_() for name, leaf in double.items()}
+    ours, oracle = case.scan(leaves), case.scan(double, backend="naive")
+    check_scan(case, (*ours, gradients(ours, leaves)), (*oracle, gradients(oracle, double)), TOLERANCE)
+
+
 @pytest.mark.parametrize("size", [1.0, 1e3, 1e6])
 @pytest.mark.parametrize(
     "decay", [0.3, 1.0, 3.0, 50.0, None], ids=lambda d: f"decay_{d}" if d else "document"

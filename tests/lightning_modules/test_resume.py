@@ -74,7 +74,7 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(tmp_path: Path, extra
     kills, rng = 0, random.Random()
     while True:
         process = start_train([*argv, f"run_dir={killed}"], output)
-        target = last_step(killed) + rng.randint(1, 10)
+        target = last_step(killed) + rng.randint(3, 13)
         alive = wait_until(lambda target=target: last_step(killed) >= target, process)
         process.join(rng.random() * 0.03)
         if not alive or not process.is_alive():
