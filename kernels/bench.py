@@ -45,8 +45,12 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         require(self.rounds >= 1, "rounds", self.rounds, "must be at least 1")
-        require(self.batch >= 1 and self.length >= 1, "length", self.length, "batch and length must be at least 1")
-        require(self.length % 256 == 0, "length", self.length, "must be a multiple of 256, which the peers need")
+        require(
+            self.batch >= 1 and self.length >= 1, "length", self.length, "batch and length must be at least 1"
+        )
+        require(
+            self.length % 256 == 0, "length", self.length, "must be a multiple of 256, which the peers need"
+        )
         for peer in self.peers:
             require(peer in PEERS, "peers", self.peers, f"choose from [{', '.join(PEERS)}]")
 

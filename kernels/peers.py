@@ -21,7 +21,9 @@ def einsum_scan(
 
     Written as one would without thinking of memory traffic; T must be a multiple of chunk_size, G must be 1.
     """
-    log_decay, insert = discretize(dt, A, options["dt_bias"], options["dt_softplus"], options["dt_limit"], NONE)
+    log_decay, insert = discretize(
+        dt, A, options["dt_bias"], options["dt_softplus"], options["dt_limit"], NONE
+    )
     chunked = [t.unflatten(1, (-1, chunk_size)) for t in (x * insert[..., None].to(x.dtype), log_decay, B, C)]
     X, a, Bc, Cc = chunked[0], chunked[1].movedim(3, 1), chunked[2].squeeze(3), chunked[3].squeeze(3)
     sums = a.cumsum(-1)  # b h c q

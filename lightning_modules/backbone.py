@@ -10,9 +10,16 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig
 from kernels.conv import causal_conv1d
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.norm import gated_rms_norm
+from kernels.norm import gated_rms_norm, rms_norm
 from kernels.ssd import Mitigation, ssd_scan
 from lightning_modules.state import LayerState, ModelState
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm computed in fp32; under autocast the result is in the dtype of the products that read it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, eps=self.eps or 0.0, dtype=_compute_dtype(x))
 
 
 class GatedRMSNorm(nn.Module):
@@ -98,7 +105,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.mixer = Mamba2(config)
 
     def forward(
@@ -116,7 +123,7 @@ class Mamba2Backbone(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm_f = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm_f = RMSNorm(config.d_model, eps=config.norm_eps)
 
     def forward(
         self, ids: Tensor, state: ModelState, document_starts: Tensor | None, mitigation: Mitigation
@@ -175,8 +182,7 @@ class Mamba2LM(nn.Module):
         """
         mitigation = mitigation or Mitigation()
         if state is None:
-            weight = self.backbone.embedding.weight
-            dtype = torch.get_autocast_dtype(weight.device.type) if _autocast_on(weight) else weight.dtype
+            dtype = _compute_dtype(self.backbone.embedding.weight)
             state = ModelState.zeros(self.config, len(ids), ids.device, dtype, mitigation.key)
         state.require(mitigation.key, len(ids))
         return self.backbone(ids, state, document_starts, mitigation)
@@ -207,5 +213,7 @@ class Mamba2LM(nn.Module):
         return linear_cross_entropy(hidden, self.lm_head.weight, targets), state
 
 
-def _autocast_on(weight: Tensor) -> bool:
-    return torch.is_autocast_enabled(weight.device.type)
+def _compute_dtype(t: Tensor) -> torch.dtype:
+    """The dtype of a matrix product of t."""
+    device = t.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype

@@ -18,6 +18,7 @@ from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.saving import AtomicCheckpointIO, SaveCheckpoints
 from lightning_modules.callbacks.summary import PrintSummary
 from lightning_modules.checkpoints import checkpoint_path, find_newest
+from lightning_modules.cpu import keep_freed_memory
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.run_dir import RunDir, config_hash, require_same_settings
 from lightning_modules.termination import Termination
@@ -96,6 +97,7 @@ def fit(run: RunDir) -> dict[str, Any]:
 
 def prepare_process(config: TrainConfig) -> None:
     """Threads, seeds, and silence about what concerns no one."""
+    keep_freed_memory()
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     # Deterministic algorithms would also fill every new tensor with NaN first: slow, and nothing reads those.

@@ -50,7 +50,9 @@ def causal_conv1d(
         expected = (batch, channels, width - 1)
         raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}: expected {expected}")
     if document_starts is not None and tuple(document_starts.shape) != (batch, length):
-        raise ValueError(f"document_starts has shape {tuple(document_starts.shape)}: expected {(batch, length)}")
+        raise ValueError(
+            f"document_starts has shape {tuple(document_starts.shape)}: expected {(batch, length)}"
+        )
     before = initial_state.transpose(1, 2).to(x.dtype)
     tail = torch.cat([before, x[:, 1 - width :]], dim=1)[:, 1 - width :]
     if document_starts is not None:
@@ -102,7 +104,14 @@ class _CausalConv(torch.autograd.Function):
             if times.start == 0:
                 reading = F.pad(reading[:, : conv.lags], (0, 0, conv.lags, 0))
                 dbefore[rows] = conv.transposed(reading, rows, slice(-conv.lags, 0))
-        return dx, dbefore, dtaps.t().to(weight.dtype), None if bias is None else dbias.to(bias.dtype), None, None
+        return (
+            dx,
+            dbefore,
+            dtaps.t().to(weight.dtype),
+            None if bias is None else dbias.to(bias.dtype),
+            None,
+            None,
+        )
 
 
 class _Convolution:

@@ -16,7 +16,9 @@ def naive_causal_conv1d(
     """As `kernels.conv.causal_conv1d`; gradients by autograd. Serial on purpose."""
     batch, length, channels = x.shape
     width = weight.shape[1]
-    state = x.new_zeros(batch, channels, width - 1).double() if initial_state is None else initial_state.double()
+    state = (
+        x.new_zeros(batch, channels, width - 1).double() if initial_state is None else initial_state.double()
+    )
     outputs = []
     for t in range(length):
         if document_starts is not None:

@@ -158,22 +158,36 @@ class _Weights(NamedTuple):
 
     @classmethod
     def of(
-        cls, log_decay: Tensor, insert: Tensor, starts: Tensor | None, groups: int, chunk: int, dtype: torch.dtype
+        cls,
+        log_decay: Tensor,
+        insert: Tensor,
+        starts: Tensor | None,
+        groups: int,
+        chunk: int,
+        dtype: torch.dtype,
     ) -> "_Weights":
-        log_decay, insert = (_chunks(t[..., None], groups, chunk)[..., 0].transpose(3, 4) for t in (log_decay, insert))
+        log_decay, insert = (
+            _chunks(t[..., None], groups, chunk)[..., 0].transpose(3, 4) for t in (log_decay, insert)
+        )
         sums = log_decay.cumsum(4)
         from_start, to_end = sums.exp(), (sums[..., -1:] - sums).exp()
         gain = sums[..., -1].expm1()
-        visible = torch.ones(chunk, chunk, dtype=torch.bool, device=sums.device).tril()[None, None, None, None]
+        visible = torch.ones(chunk, chunk, dtype=torch.bool, device=sums.device).tril()[
+            None, None, None, None
+        ]
         if starts is not None:
             documents = starts.unflatten(1, (-1, chunk))[:, :, None, None].cumsum(4)  # b c 1 1 q
             visible = visible & (documents[..., :, None] == documents[..., None, :])
             from_start = from_start * (documents == 0)
             to_end = to_end * (documents == documents[..., -1:])
             gain = gain.masked_fill(documents[..., -1] > 0, -1.0)
-        inward, outward = (t.transpose(3, 4)[..., None].to(dtype).contiguous() for t in (from_start, to_end * insert))
+        inward, outward = (
+            t.transpose(3, 4)[..., None].to(dtype).contiguous() for t in (from_start, to_end * insert)
+        )
         insert = insert.clamp(min=SMALLEST_INSERT)
-        return cls(sums * LOG2_E, insert, to_end.contiguous(), gain[..., None, None], inward, outward, visible)
+        return cls(
+            sums * LOG2_E, insert, to_end.contiguous(), gain[..., None, None], inward, outward, visible
+        )
 
     def visible_in(self, span: slice) -> Tensor:
         return self.visible if self.visible.shape[1] == 1 else self.visible[:, span]

@@ -92,9 +92,7 @@ class ScanCase:
         """
         if leaf not in ("A", "dt_bias", *FACTORS):
             return 0.0
-        exponent = (
-            50.0 if self.regime in ("fast", "mixed") and leaf in ("delta_scale", "decay_scale") else 1.0
-        )
+        exponent = 50.0 if self.regime == "mixed" and leaf != "A" else 1.0
         return 0.3 * exponent * math.sqrt(self.batch * self.length * self.headdim * self.d_state)
 
     def starts(self) -> Tensor | None:

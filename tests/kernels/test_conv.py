@@ -130,7 +130,7 @@ def test_bf16_rounds_inputs_and_outputs_only(case: dict, gradients: Any, check_c
     expected = gradients(oracle, double, like=ours)
     for name, actual in gradients(ours, leaves).items():
         assert actual.dtype == torch.bfloat16
-        check_close(actual, expected[name], 8e-3, name, floor=1.0)
+        check_close(actual, expected[name], 1e-2, name, floor=2.0)
 
 
 def test_is_the_layer_of_pytorch(check_close: Any) -> None:

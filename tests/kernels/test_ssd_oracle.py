@@ -1,5 +1,6 @@
 """The chunked scan against the float64 oracle, and the oracle against the sum written out."""
 
+import math
 from typing import Any
 
 import pytest
@@ -106,8 +107,9 @@ def test_bf16_is_the_oracle_of_the_same_values(
     theirs = as_double(ours)
     chunked, oracle = case.scan(ours), case.scan(theirs, backend="naive")
     assert (chunked[0].dtype, chunked[1].dtype) == (torch.bfloat16, torch.float32)
-    check_close(chunked[0], oracle[0], 2e-2, "y", floor=1.0)
-    check_close(chunked[1], oracle[1], 2e-2, "state", floor=1.0)
+    floor = 0.6 * math.sqrt(case.length)  # a sum over the tokens, if its terms do not cancel
+    check_close(chunked[0], oracle[0], 2e-2, "y", floor=floor)
+    check_close(chunked[1], oracle[1], 2e-2, "state", floor=floor)
     expected = gradients(oracle, theirs, like=chunked)
     for name, actual in gradients(chunked, ours).items():
         leaf = name.removeprefix("gradient of ")
@@ -116,7 +118,7 @@ def test_bf16_is_the_oracle_of_the_same_values(
             # times the tokens that a state reaches; where all reach all, the smaller sum of larger terms
             check_close(actual, expected[name], 0.15, name, floor=size * case.length / 4)
         else:
-            check_close(actual, expected[name], 4e-2, name, floor=10.0 if leaf == "dt" else 1.0)
+            check_close(actual, expected[name], 4e-2, name, floor=max(floor, 10.0) if leaf == "dt" else floor)
 
 
 def test_softplus_far_from_zero(scan_case: Any, check_close: Any) -> None:
