@@ -3,8 +3,8 @@
     python -m kernels.bench [d_model=256] [length=2048] [rounds=7] [peers=[transformers,plain]] [json=PATH]
 
 Each round times every contender once, so a machine whose speed drifts drifts under all of them. Reported:
-median tokens/s, the ratio to the best variant of each peer, peak memory (a process each), and the share of the
-bound set by the model's matrix products at the speed this machine reaches on large ones. Peers:
+median tokens/s, the ratio to the best variant of each peer, peak memory (a process each), and the share of
+the bound set by the model's matrix products at the speed this machine reaches on large ones. Peers:
 
     transformers  its Mamba2ForCausalLM on its PyTorch path
     plain         the same backbone with an einsum scan, F.conv1d and F.rms_norm, gradients by autograd
@@ -23,7 +23,6 @@ from typing import Any
 
 from conf.load import from_command_line
 from conf.schema import ModelConfig, option, require
-
 
 PEERS = ("transformers", "plain", "einsum")
 

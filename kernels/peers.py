@@ -69,7 +69,9 @@ PLAIN = {"ssd_scan": einsum_scan, "causal_conv1d": plain_conv, "gated_rms_norm":
 @contextlib.contextmanager
 def replaced(*names: str) -> Iterator[None]:
     """Our own backbone with plain PyTorch in place of the named kernels."""
-    with mock.patch.multiple("lightning_modules.backbone", **{name: PLAIN[name] for name in names}):
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch(f"lightning_modules.backbone.{name}", PLAIN[name]))
         yield
 
 

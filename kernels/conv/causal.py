@@ -87,6 +87,7 @@ class _CausalConv(torch.autograd.Function):
         conv = _Convolution(x, before, weight, bias, starts)
         dx, dbefore = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, before))
         dtaps, dbias = torch.zeros_like(conv.taps), torch.zeros_like(conv.taps[0])
+        reading = dy.new_empty(0)
         for rows, times in reversed(list(_blocks(x))):
             inputs, length = conv.inputs(rows, times), times.stop - times.start
             # the sums that read these inputs: those of this block and the first of the block after it
@@ -115,7 +116,7 @@ class _CausalConv(torch.autograd.Function):
 
 
 class _Convolution:
-    """The convolution of x (B, T, C) that follows `before` (B, W - 1, C), evaluated a block at a time in fp32."""
+    """The convolution of x (B, T, C) after `before` (B, W - 1, C), evaluated a block at a time in fp32."""
 
     def __init__(
         self, x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor | None
@@ -142,7 +143,7 @@ class _Convolution:
         return total
 
     def transposed(self, d: Tensor, rows: slice, times: slice) -> Tensor:
-        """Gradient of the inputs at `times` from d (b, t + W - 1, C), the gradient of the sums from there on."""
+        """Gradient of the inputs at `times` from d (b, t + W - 1, C), the gradient of the sums from there."""
         length = times.stop - times.start
         total = d[:, :length] * self.taps[-1]
         for k in range(self.lags):
@@ -180,7 +181,7 @@ def _blocks(t: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _visible(starts: Tensor | None, lags: int) -> list[Tensor] | None:
-    """For each tap but the last, (B, lags + T + lags, 1) fp32: 1 where the token `lags - k` earlier belongs to
+    """For each tap but the last, (B, lags + T + lags, 1) fp32: 1 where the token `lags - k` earlier is of
     the same document. The margins let tokens just outside the sequence be asked for too."""
     if starts is None:
         return None

@@ -27,7 +27,7 @@ def gated_rms_norm(
         raise ValueError(
             f"x, z, weight have shapes {shapes}, n_groups={n_groups}: expected (..., C), (..., C), (C,)"
         )
-    return _GatedRMSNorm.apply(x, z, weight, eps, n_groups, norm_before_gate)  # type: ignore[no-any-return]
+    return _GatedRMSNorm.apply(x, z, weight, eps, n_groups, norm_before_gate)
 
 
 class _GatedRMSNorm(torch.autograd.Function):

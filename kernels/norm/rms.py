@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, dtype: torch.dtype | None
     """
     if x.shape[-1:] != weight.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected ({x.shape[-1]},)")
-    return _RMSNorm.apply(x, weight, eps, dtype or x.dtype)  # type: ignore[no-any-return]
+    return _RMSNorm.apply(x, weight, eps, dtype or x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

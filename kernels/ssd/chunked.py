@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of the largest temporary, the (b, c, g, k, q, r) decay matrices: 2 MiB in fp32 stays near the cache.
+# Elements of the largest temporary, the (b, c, g, k, q, r) matrices: 2 MiB in fp32 stays near the cache.
 BLOCK_ELEMENTS = 2**19
 LOG2_E = 1.4426950408889634
-# Inside a chunk retentions below 2^-60 count as 2^-60 and weights below 1e-30 as 1e-30: no result can show it,
+# Inside a chunk retentions below 2^-60 count as 2^-60, weights below 1e-30 as 1e-30: no result can show it,
 # their products stay clear of denormal numbers, which are ten times slower, and of division by zero.
 SMALLEST_BITS, SMALLEST_INSERT = -60.0, 1e-30
 
@@ -82,7 +82,7 @@ class _ChunkedScan(torch.autograd.Function):
         for span in _blocks(xs):
             xb, Bb, Cb = xs[:, span], Bs[:, span].contiguous(), Cs[:, span].contiguous()
             added = (xb * w.outward[:, span]).flatten(4).transpose(3, 4) @ Bb
-            states = _recur(running, w.gain[:, span], added.unflatten(3, (-1, x.shape[3])))
+            states = _recur(running, w, span, added.unflatten(3, (-1, x.shape[3])))
             entering, running = states[:, :-1].to(x.dtype), states[:, -1]
             far = (Cb @ entering.flatten(3, 4).transpose(3, 4)).view(xb.shape)
             mixer = _retention(w, span).mul_(_scores(Bb, Cb, w, span))
@@ -97,7 +97,7 @@ class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         x, B, C, D, *saved = ctx.saved_tensors
-        w, kept = _Weights(*saved[:7]), saved[7:]
+        w, kept = _Weights(*saved[: len(_Weights._fields)]), saved[len(_Weights._fields) :]
         groups, chunk = B.shape[2], ctx.chunk
         dx, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C))
         xs, dys, dxs = (_chunks(t, groups, chunk) for t in (x, dy, dx))
@@ -112,7 +112,7 @@ class _ChunkedScan(torch.autograd.Function):
             # Through the states that enter each chunk.
             dfar = dyb * w.inward[:, span]
             dentering = (dfar.flatten(4).transpose(3, 4) @ Cb).view(entering.shape)
-            dstates = _recur(drunning, w.gain[:, span], dentering, backwards=True)
+            dstates = _recur(drunning, w, span, dentering, backwards=True)
             drunning, dadded = dstates[:, 0], dstates[:, 1:].to(x.dtype)
             dgain = torch.mul(dadded, entering, out=dentering).sum((4, 5), dtype=torch.float32)
             dxo = (Bb @ dadded.flatten(3, 4).transpose(3, 4)).view(xb.shape)
@@ -139,7 +139,7 @@ class _ChunkedScan(torch.autograd.Function):
             dinsert[:, span] = columns / insert + leaving
             leaving *= insert
             torch.sub(dmixer.sum(5) + reading, columns + leaving, out=dsums[:, span])
-            dsums[:, span, ..., -1] += leaving.sum(-1) + dgain * (w.gain[:, span, ..., 0, 0] + 1)
+            dsums[:, span, ..., -1] += leaving.sum(-1) + dgain * (w.kept + w.kept_rest)[:, span, ..., 0, 0]
         dlog_decay = dsums.flip(4).cumsum(4).flip(4)
         dlog_decay, dinsert = (_tokens(t) for t in (dlog_decay, dinsert))
         return dx, dlog_decay, dinsert, dB, dC, dD, drunning.flatten(1, 2), None, None, None
@@ -149,9 +149,11 @@ class _Weights(NamedTuple):
     """Everything that depends on the decays and insertion weights alone, for the whole sequence."""
 
     bits: Tensor  # b c g k q fp32: log2 of the retention since the chunk's first token, cumulative
+    bits_rest: Tensor  # b c g k q fp32: what fp32 has rounded off bits
     insert: Tensor  # b c g k q fp32
     to_end: Tensor  # b c g k q fp32: retention from q to the chunk's end
-    gain: Tensor  # b c g k 1 1 fp32: the chunk's retention minus one: no rounding where it is close to zero
+    kept: Tensor  # b c g k 1 1 fp32: the chunk's retention, to 8 bits: products with it hardly round
+    kept_rest: Tensor  # b c g k 1 1 fp32: and the rest of it, so that a retention near 1 loses nothing
     inward: Tensor  # b c g q k 1 in x's dtype: retention from the chunk's border to q
     outward: Tensor  # b c g q k 1 in x's dtype: to_end * insert
     visible: Tensor  # (b or 1) (c or 1) 1 1 q r bool: r is not after q and in its document
@@ -169,9 +171,11 @@ class _Weights(NamedTuple):
         log_decay, insert = (
             _chunks(t[..., None], groups, chunk)[..., 0].transpose(3, 4) for t in (log_decay, insert)
         )
-        sums = log_decay.cumsum(4)
-        from_start, to_end = sums.exp(), (sums[..., -1:] - sums).exp()
-        gain = sums[..., -1].expm1()
+        # float64 here, on one number a token and head: after fast tokens the sums reach thousands, and the
+        # differences between slow ones still matter
+        sums = log_decay.double().cumsum(4)
+        from_start, to_end = sums.exp().float(), (sums[..., -1:] - sums).exp().float()
+        retention = sums[..., -1, None, None].exp()
         visible = torch.ones(chunk, chunk, dtype=torch.bool, device=sums.device).tril()[
             None, None, None, None
         ]
@@ -180,23 +184,24 @@ class _Weights(NamedTuple):
             visible = visible & (documents[..., :, None] == documents[..., None, :])
             from_start = from_start * (documents == 0)
             to_end = to_end * (documents == documents[..., -1:])
-            gain = gain.masked_fill(documents[..., -1] > 0, -1.0)
+            retention = retention * (documents[..., -1:, None] == 0)
         inward, outward = (
             t.transpose(3, 4)[..., None].to(dtype).contiguous() for t in (from_start, to_end * insert)
         )
         insert = insert.clamp(min=SMALLEST_INSERT)
-        return cls(
-            sums * LOG2_E, insert, to_end.contiguous(), gain[..., None, None], inward, outward, visible
-        )
+        bits, kept = (sums * LOG2_E).float(), retention.bfloat16().float()
+        bits_rest, kept_rest = (sums * LOG2_E - bits).float(), (retention - kept).float()
+        return cls(bits, bits_rest, insert, to_end.contiguous(), kept, kept_rest, inward, outward, visible)
 
     def visible_in(self, span: slice) -> Tensor:
         return self.visible if self.visible.shape[1] == 1 else self.visible[:, span]
 
 
 def _retention(w: _Weights, span: slice) -> Tensor:
-    """What a later token q keeps of what token r inserts, times its weight: b c g k q r fp32, any r > q undefined."""
-    bits = w.bits[:, span]
+    """What token q keeps of what token r inserts, times its weight: b c g k q r fp32; undefined for r > q."""
+    bits, rest = w.bits[:, span], w.bits_rest[:, span]
     kept = bits[..., :, None] - bits[..., None, :]
+    kept.add_(rest[..., :, None]).sub_(rest[..., None, :])
     return kept.clamp_(SMALLEST_BITS, 0.0).exp2_().mul_(w.insert[:, span, ..., None, :])
 
 
@@ -211,20 +216,21 @@ def _with_skip(mixer: Tensor, D: Tensor, dtype: torch.dtype) -> Tensor:
     return mixer.to(dtype)
 
 
-def _recur(state: Tensor, gain: Tensor, added: Tensor, backwards: bool = False) -> Tensor:
-    """Run state <- state + gain state + added over the chunks, in fp32.
+def _recur(state: Tensor, w: _Weights, span: slice, added: Tensor, backwards: bool = False) -> Tensor:
+    """Run state <- retention state + added over the chunks of `span`, in fp32.
 
     Args:
-        state: b g k p n fp32. gain: b c g k 1 1 fp32. added: b c g k p n. backwards: from the last chunk.
+        state: b g k p n fp32. added: b c g k p n. backwards: from the last chunk.
 
     Returns:
         The states between chunks, b c+1 g k p n, in the order of the sequence.
     """
     states = state.new_empty(len(state), added.shape[1] + 1, *state.shape[1:])
-    places, gains, parts = (t.unbind(1)[:: -1 if backwards else 1] for t in (states, gain, added.float()))
+    ordered = (states, w.kept[:, span], w.kept_rest[:, span], added.float())
+    places, kept, rest, parts = (t.unbind(1)[:: -1 if backwards else 1] for t in ordered)
     places[0].copy_(state)
-    for before, after, gained, part in zip(places, places[1:], gains, parts, strict=False):
-        torch.addcmul(before, before, gained, out=after).add_(part)
+    for c, part in enumerate(parts):
+        torch.mul(places[c], kept[c], out=places[c + 1]).addcmul_(places[c], rest[c]).add_(part)
     return states
 
 

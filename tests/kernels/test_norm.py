@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from kernels.norm import gated_rms_norm, naive_gated_rms_norm
+from kernels.norm import gated_rms_norm, naive_gated_rms_norm, rms_norm
 
 
 @st.composite
@@ -92,6 +93,21 @@ def test_bf16_is_computed_in_fp32(case: tuple[dict, dict], gradients: Any, check
         assert actual.dtype == torch.bfloat16
         natural = math.sqrt(actual.numel()) / (sizes["size_of_x"] if name == "gradient of x" else 1.0)
         check_close(actual, expected[name], 1e-2, name, floor=0.3 * natural)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_transposed_input_equals_a_contiguous_one(gated: bool, gradients: Any) -> None:
+    """In value and gradients: dense, but its tokens cannot be flattened into a view."""
+    x, z, weight = torch.randn(5, 3, 8), torch.randn(3, 5, 8), torch.randn(8)
+
+    def run(contiguous: bool) -> tuple[Tensor, ...]:
+        leaf = x.clone().requires_grad_()
+        seen = leaf.transpose(0, 1).contiguous() if contiguous else leaf.transpose(0, 1)
+        y = gated_rms_norm(seen, z, weight, eps=1e-5) if gated else rms_norm(seen, weight, eps=1e-5)
+        return y, gradients((y,), {"x": leaf})["gradient of x"]
+
+    for transposed, packed in zip(run(False), run(True), strict=True):
+        assert torch.equal(transposed, packed)
 
 
 def test_groups_are_normalised_apart(check_close: Any) -> None:

@@ -41,8 +41,10 @@ def test_result_has_the_dtype_asked_for_and_one_rounding() -> None:
 def test_gradients_keep_the_dtypes_of_their_tensors() -> None:
     x, weight = torch.randn(3, 16, requires_grad=True), torch.randn(16, requires_grad=True)
     rms_norm(x, weight, eps=1e-5, dtype=torch.bfloat16).sum().backward()
-    assert x.grad is not None and x.grad.dtype == torch.float32
-    assert weight.grad is not None and weight.grad.dtype == torch.float32
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
 
 
 def test_channels_must_agree() -> None:

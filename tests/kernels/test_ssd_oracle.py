@@ -92,6 +92,18 @@ def test_fast_tokens_do_not_blur_the_slow_ones_between_them(
             check_close(actual, expected[name], TOLERANCE, name)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_fast_decay_leaves_no_noise_in_its_gradients(seed: int, scan_case: Any, gradients: Any) -> None:
+    """With retention exp(-50) nothing passes from token to token: the true gradient of A is below 1e-15.
+
+    It is 0 only if terms that cancel are subtracted before others are added; what is left would be
+    multiplied by A = -50 into dt_bias, over every token before it in the chunk.
+    """
+    case = scan_case(length=140, heads=2, headdim=1, d_state=16, chunk_size=256, regime="fast", seed=seed)
+    leaves = case.leaves()
+    assert gradients(case.scan(leaves), leaves)["gradient of A"].abs().max() < 1e-12
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_bf16_is_the_oracle_of_the_same_values(
