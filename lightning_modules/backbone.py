@@ -49,7 +49,7 @@ class Mamba2(nn.Module):
         super().__init__()
         self.config = config
         self.in_proj = nn.Linear(config.d_model, config.d_in_proj, bias=False)
-        # nn.Conv1d names and initialises the parameters as public checkpoints have them; causal_conv1d computes.
+        # nn.Conv1d names and initialises the parameters as public checkpoints do; causal_conv1d computes.
         self.conv1d = nn.Conv1d(config.conv_dim, config.conv_dim, config.d_conv, groups=config.conv_dim)
         self.dt_bias = nn.Parameter(_initial_dt_bias(config))
         self.A_log = nn.Parameter(torch.empty(config.n_heads).uniform_(*config.A_init_range).log())
