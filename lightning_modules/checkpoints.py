@@ -67,10 +67,18 @@ def save_model(model: Mamba2LM, path: str | Path, config: TrainConfig | None = N
 
 
 def load_config(path: str | Path) -> TrainConfig:
-    """The training config of the model at `path` (as for load_model)."""
+    """The training config of the model at `path` (as for load_model).
+
+    Raises ValueError (one line) where `path` cannot be read, or holds a model saved without one.
+    """
     path = Path(path)
     if (path / WEIGHTS).is_file():
-        return from_dict(TrainConfig, _saved_config(path))
+        saved = _saved_config(path)
+        if "data" not in saved:
+            raise ValueError(
+                f"{path}: saved without its training config: use save_model(model, path, config)"
+            )
+        return from_dict(TrainConfig, saved)
     return from_dict(TrainConfig, _load_checkpoint(path)["config"])
 
 
