@@ -134,11 +134,12 @@ class _ChunkedScan(torch.autograd.Function):
             torch.add(dB_far, dscores.transpose(3, 4) @ Cb, out=dBs[:, span])
             dmixer.mul_(scores)
 
-            # Row and column sums agree exactly on the diagonal, so fast decays leave no noise.
+            # Row and column sums agree exactly on the diagonal: subtracted from each other before anything else
+            # is added, they leave no noise where decays are fast.
             columns, insert = dmixer.sum(4), w.insert[:, span]
             dinsert[:, span] = columns / insert + leaving
             leaving *= insert
-            torch.sub(dmixer.sum(5) + reading, columns + leaving, out=dsums[:, span])
+            torch.add(dmixer.sum(5) - columns, reading - leaving, out=dsums[:, span])
             dsums[:, span, ..., -1] += leaving.sum(-1) + dgain * (w.kept + w.kept_rest)[:, span, ..., 0, 0]
         dlog_decay = dsums.flip(4).cumsum(4).flip(4)
         dlog_decay, dinsert = (_tokens(t) for t in (dlog_decay, dinsert))
