@@ -42,8 +42,8 @@ def causal_conv1d(
     """
     batch, length, channels = x.shape
     width = weight.shape[1]
-    if weight.shape[0] != channels:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}: expected ({channels}, W)")
+    if weight.shape[0] != channels or width < 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: expected ({channels}, W) with W >= 2")
     if initial_state is None:
         initial_state = x.new_zeros(batch, channels, width - 1)
     elif tuple(initial_state.shape) != (batch, channels, width - 1):

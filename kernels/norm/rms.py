@@ -44,7 +44,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        dx, dweight = (
+            torch.empty_like(x, memory_format=torch.contiguous_format),
+            torch.zeros_like(weight, dtype=torch.float32),
+        )
         for x_block, inverse_block, d, dx_block in token_blocks(x, inverse, dy, dx):
             normal = scale_groups(x_block.float(), inverse_block)
             dx_block.copy_(normalise_backward(d.float(), weight, normal, inverse_block, dweight))

@@ -134,8 +134,8 @@ class _ChunkedScan(torch.autograd.Function):
             torch.add(dB_far, dscores.transpose(3, 4) @ Cb, out=dBs[:, span])
             dmixer.mul_(scores)
 
-            # Row and column sums agree exactly on the diagonal: subtracted from each other before anything else
-            # is added, they leave no noise where decays are fast.
+            # Row and column sums agree exactly on the diagonal: subtracted from each other before anything
+            # else is added, they leave no noise where decays are fast.
             columns, insert = dmixer.sum(4), w.insert[:, span]
             dinsert[:, span] = columns / insert + leaving
             leaving *= insert
@@ -231,7 +231,7 @@ def _recur(state: Tensor, w: _Weights, span: slice, added: Tensor, backwards: bo
     places, kept, rest, parts = (t.unbind(1)[:: -1 if backwards else 1] for t in ordered)
     places[0].copy_(state)
     for c, part in enumerate(parts):
-        torch.mul(places[c], kept[c], out=places[c + 1]).addcmul_(places[c], rest[c]).add_(part)
+        torch.addcmul(part, places[c], rest[c], out=places[c + 1]).addcmul_(places[c], kept[c])
     return states
 
 

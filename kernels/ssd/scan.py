@@ -36,7 +36,7 @@ def ssd_scan(
 
     Args:
         x: (B, T, H, P), fp32 or bf16 (fp64 with backend="naive"). Any T >= 1.
-        dt: (B, T, H), time steps after softplus; before bias and softplus with `dt_softplus`.
+        dt: (B, T, H), time steps after softplus, not negative; before bias and softplus with `dt_softplus`.
         A: (H,), negative.
         B, C: (B, T, G, N), G divides H; x's dtype.
         D: (H,) or (H, P), skip connection; None for none.
