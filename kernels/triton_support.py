@@ -1,0 +1,33 @@
+"""What every Triton kernel here shares. Imports triton: only modules that hold kernels import this one."""
+
+import contextlib
+import os
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Kernels decorated under TRITON_INTERPRET=1 run on the CPU, one program after another.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRET = tl.constexpr(INTERPRET)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a @ b (+ acc) in fp32. Half-precision operands go to the tensor cores as they are, fp32 ones as three
+    TF32 products, which keeps fp32's accuracy. The interpreter multiplies bf16 bit patterns: upcast there."""
+    if _INTERPRET:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc=acc, input_precision="tf32x3")
+
+
+def on_device(t: Tensor) -> AbstractContextManager[None]:
+    """Launch on the device that holds t, whatever the current one is."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+def runs_triton(t: Tensor) -> bool:
+    """Whether Triton kernels can run on the device of t."""
+    return t.is_cuda or INTERPRET
