@@ -1,11 +1,16 @@
 """Shared by every room: fixed seeds, one thread, reproducible hypothesis, comparison of tensors."""
 
+import os
 from collections.abc import Callable
 
 import hypothesis
 import pytest
 import torch
 from torch import Tensor
+
+# Triton decides when its kernels are decorated, at import, whether they run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # No deadline: the first example pays for lazy initialisation. No database: runs leave nothing behind.
 hypothesis.settings.register_profile(
