@@ -1,16 +1,21 @@
-"""The public function of the SSD scan: checks, discretisation, choice of backend."""
+"""The public function of the SSD scan: checks, packed sequences, discretisation, choice of backend."""
 
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from kernels.ssd.checks import check_arguments, check_values, sequences
 from kernels.ssd.chunked import chunked_scan
+from kernels.ssd.core import Core, Tokens, span_of
 from kernels.ssd.discretize import discretize
 from kernels.ssd.mitigation import NONE, Mitigation
-from kernels.ssd.naive import naive_scan
+from kernels.ssd.naive import oracle
+from kernels.ssd.operators import composed_scan
 
-Backend = Literal["naive", "chunked"]
+Backend = Literal["naive", "chunked", "triton"]
 
 
 def ssd_scan(
@@ -23,78 +28,91 @@ def ssd_scan(
     D: Tensor | None = None,
     initial_state: Tensor | None = None,
     document_starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] | None = None,
     mitigation: Mitigation | None = None,
+    position: Tensor | None = None,
+    states_every: int | None = None,
     chunk_size: int = 64,
     backend: Backend | None = None,
-) -> tuple[Tensor, Tensor]:
+    validate: bool = False,
+) -> tuple[Any, ...]:
     """Selective state-space recurrence of Mamba-2 (arXiv 2405.21060, section 6), differentiable throughout.
 
         h_t = alpha_scale * exp(dt_t A) h_{t-1} + insert_scale * dt_t * x_t B_t^T        y_t = h_t C_t + D x_t
 
     Args:
-        x: (B, T, H, P), fp32 or bf16 (fp64 with backend="naive"). Any T >= 1.
+        x: (B, T, H, P), fp32, bf16 or fp16 (fp64 with backend="naive"). Any T >= 1.
         dt: (B, T, H), time steps after softplus, not negative; before bias and softplus with `dt_softplus`.
         A: (H,), negative.
         B, C: (B, T, G, N), G divides H; x's dtype.
         D: (H,) or (H, P), skip connection; None for none.
         initial_state: (B, H, P, N) fp32, the state before the first token; None for zero.
         document_starts: (B, T) bool; the state is zero before a True token.
+        cu_seqlens: (S + 1,) int32 or int64, borders of sequences packed into one row (B = 1), from 0 to T.
+            States, `position` and the window then have S rows, one a sequence.
         dt_bias: (H,), added to dt. dt_softplus: apply softplus. dt_limit: clamp after softplus.
-        mitigation: factors inside the recurrence (`kernels.ssd.Mitigation`).
+        mitigation: a change of the recurrence (`kernels.ssd.Mitigation`).
+        position: (B,) int64, tokens since the row's document began before this call; None for 0. Only
+            mitigations that count tokens read it.
+        states_every: k >= 1: also return the states after every k tokens of a row or packed sequence.
         chunk_size: power of two, at least 16; speed only.
-        backend: "naive" (float64 token by token, the oracle) or "chunked" (default).
+        backend: "naive" (float64 token by token, the oracle), "chunked" (PyTorch) or "triton"; None for
+            "triton" on CUDA tensors and "chunked" elsewhere.
+        validate: also check values, which reads every tensor (on a GPU it waits for the device).
 
     Returns:
-        y (B, T, H, P) in x's dtype and the final state (B, H, P, N) fp32 (fp64 for fp64 input).
+        y (B, T, H, P) in x's dtype and the final state (B, H, P, N) fp32 (fp64 for fp64 input). With
+        `states_every` also states (B, T // k, H, P, N) fp32; those of packed sequences follow each other.
 
     Raises:
-        ValueError: for shapes that do not fit, naming the argument.
+        ValueError: for arguments that do not fit, naming the argument, its value and what would fit.
     """
-    _check(x, dt, A, B, C, D, initial_state, document_starts, chunk_size)
-    scan = {"naive": naive_scan, "chunked": chunked_scan}.get(backend or "chunked")
-    if scan is None:
-        raise ValueError(f"backend={backend!r}: choose 'naive' or 'chunked'")
-    compute = torch.float64 if backend == "naive" else torch.float32
-    log_decay, insert = discretize(dt, A.to(compute), dt_bias, dt_softplus, dt_limit, mitigation or NONE)
-    return scan(x, log_decay, insert, B, C, D, initial_state, document_starts, chunk_size)
+    mitigation = mitigation or NONE
+    backend = backend or ("triton" if x.is_cuda else "chunked")
+    tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state}
+    tensors |= {"document_starts": document_starts, "cu_seqlens": cu_seqlens, "dt_bias": dt_bias}
+    tensors |= {"position": position}
+    check_arguments(tensors, mitigation, dt_limit, states_every, chunk_size, backend)
+    if validate:
+        check_values(tensors, dt_softplus)
+
+    A = A.to(torch.float64 if backend == "naive" else torch.float32)
+    tokens = Tokens(x, *discretize(dt, A, dt_bias, dt_softplus, dt_limit, mitigation), B, C)
+    scan = oracle if backend == "naive" else partial(composed_scan, _core(backend, chunk_size))
+    if cu_seqlens is not None:
+        scan = partial(_packed, scan, cu_seqlens)
+    results = scan(tokens, D, initial_state, document_starts, position, mitigation, states_every)
+    return results if states_every is not None else results[:2]
 
 
-def _check(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
+def _core(backend: str, chunk_size: int) -> Core:
+    if backend == "chunked":
+        return partial(chunked_scan, chunk_size=chunk_size)
+    from kernels.ssd.triton_scan import triton_scan  # only here: importing this module needs no GPU
+
+    return partial(triton_scan, chunk_size=chunk_size)
+
+
+def _packed(
+    scan: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
+    cu_seqlens: Tensor,
+    tokens: Tokens,
     D: Tensor | None,
     initial_state: Tensor | None,
     document_starts: Tensor | None,
-    chunk_size: int,
-) -> None:
-    if x.dim() != 4 or x.shape[1] < 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, T, H, P) with T >= 1")
-    if B.dim() != 4:
-        raise ValueError(f"B has shape {tuple(B.shape)}: expected (B, T, G, N)")
-    batch, length, heads, headdim = x.shape
-    groups, d_state = B.shape[2:]
-    if heads % groups:
-        raise ValueError(f"B has {groups} groups: must divide the {heads} heads of x")
-    expected: dict[str, tuple[Tensor | None, tuple[tuple[int, ...], ...]]] = {
-        "dt": (dt, ((batch, length, heads),)),
-        "A": (A, ((heads,),)),
-        "B": (B, ((batch, length, groups, d_state),)),
-        "C": (C, ((batch, length, groups, d_state),)),
-        "D": (D, ((heads,), (heads, headdim))),
-        "initial_state": (initial_state, ((batch, heads, headdim, d_state),)),
-        "document_starts": (document_starts, ((batch, length),)),
-    }
-    for name, (tensor, shapes) in expected.items():
-        if tensor is not None and tuple(tensor.shape) not in shapes:
-            wanted = " or ".join(map(str, shapes))
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {wanted}")
-    if B.dtype != x.dtype or C.dtype != x.dtype:
-        raise ValueError(f"B is {B.dtype} and C is {C.dtype}: expected x's dtype, {x.dtype}")
-    if chunk_size < 16 or chunk_size & (chunk_size - 1):
-        raise ValueError(f"chunk_size={chunk_size}: must be a power of two of at least 16")
+    position: Tensor | None,
+    mitigation: Mitigation,
+    states_every: int | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One scan a sequence; the borders are read on the host."""
+    results = []
+    for row, (start, stop) in enumerate(sequences(cu_seqlens, tokens.length)):
+        state, count = (None if t is None else t[row : row + 1] for t in (initial_state, position))
+        starts = span_of(document_starts, start, stop)
+        results.append(scan(tokens.span(start, stop), D, state, starts, count, mitigation, states_every))
+    outputs, finals, states = zip(*results, strict=True)
+    kept = None if states_every is None else torch.cat(states, 1)
+    return torch.cat(outputs, 1), torch.cat(finals), kept

@@ -125,9 +125,9 @@ def scan_case() -> type[ScanCase]:
 
 
 @st.composite
-def draw_scan_case(draw: Any, max_length: int = 200) -> ScanCase:
+def draw_scan_case(draw: Any, max_length: int = 200, batch: int | None = None) -> ScanCase:
     groups = draw(st.integers(1, 3))
-    batch, heads = draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    batch, heads = batch or draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
     length = draw(st.one_of(st.integers(1, 40), st.integers(1, max_length)))
     chunk_size = draw(st.sampled_from([16, 32, 64, 256]))
     documents = None
@@ -167,6 +167,18 @@ def draw_factors(heads: int) -> st.SearchStrategy[dict[str, float | list[float]]
     }
     either = {f: st.one_of(v, st.lists(v, min_size=heads, max_size=heads)) for f, v in values.items()}
     return st.one_of(st.just({}), st.fixed_dictionaries({}, optional=either))
+
+
+@pytest.fixture(scope="session")
+def small_scan() -> Callable[..., Any]:
+    """`small_scan(**changes)`: `ssd_scan` of one row of 5 tokens, 4 heads; `rows` makes it several."""
+
+    def scan(rows: int = 1, **changes: Any) -> Any:
+        x, dt, A = torch.zeros(rows, 5, 4, 3), torch.ones(rows, 5, 4), -torch.ones(4)
+        B, C = torch.zeros(rows, 5, 2, 6), torch.zeros(rows, 5, 2, 6)
+        return ssd_scan(**{"x": x, "dt": dt, "A": A, "B": B, "C": C} | changes)
+
+    return scan
 
 
 @pytest.fixture(scope="session")
