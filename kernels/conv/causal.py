@@ -2,7 +2,7 @@
 
 Written token-major, (B, T, C), as in_proj leaves it, so nothing is transposed; in blocks that stay in the
 cache, so that its many cheap passes do not go to memory. The convolution is recomputed in the backward pass:
-only the input is kept.
+only the input is kept. On the CPU, with a C compiler, the passes are compiled ones (`kernels.native`).
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.native import conv as native
 
 # Elements of one block: 1 MiB in fp32, measured best of 2^15 to 2^22.
 BLOCK_ELEMENTS = 2**18
@@ -74,6 +76,8 @@ class _CausalConv(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, before, weight, bias, starts)
         ctx.activation = activation
+        if native.takes(x, before, weight, bias):
+            return native.forward(x, before, weight, bias, starts, activation)
         conv = _Convolution(x, before, weight, bias, starts)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         for rows, times in _blocks(x):
@@ -84,6 +88,12 @@ class _CausalConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, before, weight, bias, starts = ctx.saved_tensors
+        if native.takes(x, before, weight, bias):
+            dx, dbefore, dweight, of_bias = native.backward(
+                dy, x, before, weight, bias, starts, ctx.activation
+            )
+            rounded = None if bias is None else of_bias.to(bias.dtype)
+            return dx, dbefore, dweight.to(weight.dtype), rounded, None, None
         conv = _Convolution(x, before, weight, bias, starts)
         dx, dbefore = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, before))
         dtaps, dbias = torch.zeros_like(conv.taps), torch.zeros_like(conv.taps[0])

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.native import build
+from kernels.native import norm as native
 from kernels.norm.rms import normalise, normalise_backward, scale_groups, token_blocks, token_scales
 
 
@@ -35,6 +37,11 @@ class _GatedRMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: int, norm_before_gate: bool
     ) -> Tensor:
+        ctx.norm_before_gate = norm_before_gate
+        if build.usable(x, z, weight):
+            y, inverse = native.forward(x, z, weight, eps, n_groups, norm_before_gate, x.dtype)
+            ctx.save_for_backward(x, z, weight, inverse)
+            return y
         y, inverse = torch.empty_like(x, memory_format=torch.contiguous_format), token_scales(x, n_groups)
         for x_block, z_block, inverse_block, y_block in token_blocks(x, z, inverse, y):
             gate = F.silu(z_block.float())
@@ -45,12 +52,14 @@ class _GatedRMSNorm(torch.autograd.Function):
                 normal = normalise(gate.mul_(x_block), inverse_block, eps)
                 torch.mul(normal, weight, out=y_block)
         ctx.save_for_backward(x, z, weight, inverse)
-        ctx.norm_before_gate = norm_before_gate
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight, inverse = ctx.saved_tensors
+        if build.usable(x, z, weight, dy):
+            dx, dz, dweight = native.backward(dy, x, z, weight, inverse, ctx.norm_before_gate)
+            return dx, dz, dweight.to(weight.dtype), None, None, None
         dx, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, z))
         dweight = torch.zeros_like(weight, dtype=torch.float32)
         for x_block, z_block, scale, d, dx_block, dz_block in token_blocks(x, z, inverse, dy, dx, dz):

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.native import build
+from kernels.native import norm as native
+
 # Elements of one block: 1 MiB in fp32, measured best of 2^15 to 2^22.
 BLOCK_ELEMENTS = 2**18
 
@@ -34,6 +37,10 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, dtype: torch.dtype | None
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        if build.usable(x, weight) and dtype in build.DTYPES:
+            y, inverse = native.forward(x, None, weight, eps, 1, False, dtype)
+            ctx.save_for_backward(x, weight, inverse)
+            return y
         y, inverse = torch.empty(x.shape, dtype=dtype, device=x.device), token_scales(x, 1)
         for x_block, inverse_block, y_block in token_blocks(x, inverse, y):
             normal = normalise(x_block.float(), inverse_block, eps)
@@ -44,6 +51,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
+        if build.usable(x, weight, dy):
+            dx, _, dweight = native.backward(dy, x, None, weight, inverse, False)
+            return dx, dweight.to(weight.dtype), None, None
         dx, dweight = (
             torch.empty_like(x, memory_format=torch.contiguous_format),
             torch.zeros_like(weight, dtype=torch.float32),
