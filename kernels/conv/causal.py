@@ -5,8 +5,9 @@ cache, so that its many cheap passes do not go to memory. The convolution is rec
 only the input is kept. On the CPU, with a C compiler, the passes are compiled ones (`kernels.native`).
 """
 
+import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,9 @@ def causal_conv1d(
     *,
     initial_state: Tensor | None = None,
     document_starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     activation: bool = True,
+    backend: Literal["torch", "triton"] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y_t = silu(bias + sum_k weight[:, k] x_{t - W + 1 + k}), accumulated in fp32.
 
@@ -33,7 +36,10 @@ def causal_conv1d(
         x: (B, T, C). weight: (C, W). bias: (C,) or None.
         initial_state: (B, C, W - 1), the inputs before the first token, oldest first; None for zeros.
         document_starts: (B, T) bool; a True token and those after it see nothing before it.
+        cu_seqlens: (S + 1,) int32 or int64, borders of sequences packed into one row (B = 1), from 0 to T;
+            states are then (S, C, W - 1), one a sequence. On a GPU its values are not checked.
         activation: apply SiLU.
+        backend: None for Triton kernels on a GPU, PyTorch elsewhere.
 
     Returns:
         y (B, T, C) and the final state (B, C, W - 1), both in x's dtype. Inputs before the last document
@@ -46,21 +52,72 @@ def causal_conv1d(
     width = weight.shape[1]
     if weight.shape[0] != channels or width < 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected ({channels}, W) with W >= 2")
-    if initial_state is None:
-        initial_state = x.new_zeros(batch, channels, width - 1)
-    elif tuple(initial_state.shape) != (batch, channels, width - 1):
-        expected = (batch, channels, width - 1)
+    rows = batch if cu_seqlens is None else _check_packing(x, cu_seqlens)
+    expected = (rows, channels, width - 1)
+    if initial_state is not None and tuple(initial_state.shape) != expected:
         raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}: expected {expected}")
     if document_starts is not None and tuple(document_starts.shape) != (batch, length):
         raise ValueError(
             f"document_starts has shape {tuple(document_starts.shape)}: expected {(batch, length)}"
         )
+    if (backend or ("triton" if x.is_cuda else "torch")) == "triton":
+        from kernels.conv.triton_conv import triton_causal_conv1d  # imports triton
+
+        before = None if initial_state is None else initial_state.transpose(1, 2).to(x.dtype)
+        y, tail = triton_causal_conv1d(x, before, weight, bias, document_starts, cu_seqlens, activation)
+        return y, tail.transpose(1, 2)
+    if initial_state is None:
+        initial_state = x.new_zeros(expected)
+    if cu_seqlens is not None:
+        return _packed(x, weight, bias, initial_state, document_starts, cu_seqlens, activation)
     before = initial_state.transpose(1, 2).to(x.dtype)
     tail = torch.cat([before, x[:, 1 - width :]], dim=1)[:, 1 - width :]
     if document_starts is not None:
         tail = tail * _same_document_as_last(document_starts, width - 1).to(x.dtype)
     y = _CausalConv.apply(x, before, weight, bias, document_starts, activation)
     return y, tail.transpose(1, 2).contiguous()
+
+
+def _check_packing(x: Tensor, cu_seqlens: Tensor) -> int:
+    """The number of packed sequences."""
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        given = f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        raise ValueError(f"{given}: expected int32 or int64 of shape (S + 1,) with S >= 1")
+    if len(x) != 1:
+        raise ValueError(f"x has {len(x)} rows: cu_seqlens packs sequences into one row")
+    if not cu_seqlens.is_cuda:
+        borders = cu_seqlens.tolist()
+        increasing = all(start < stop for start, stop in itertools.pairwise(borders))
+        if borders[0] != 0 or borders[-1] != x.shape[1] or not increasing:
+            raise ValueError(
+                f"cu_seqlens={borders}: expected borders that increase from 0 to T = {x.shape[1]}"
+            )
+    return len(cu_seqlens) - 1
+
+
+def _packed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_states: Tensor,
+    document_starts: Tensor | None,
+    cu_seqlens: Tensor,
+    activation: bool,
+) -> tuple[Tensor, Tensor]:
+    """One sequence after another."""
+    pieces = [
+        causal_conv1d(
+            x[:, start:stop],
+            weight,
+            bias,
+            initial_state=initial_states[row : row + 1],
+            document_starts=None if document_starts is None else document_starts[:, start:stop],
+            activation=activation,
+        )
+        for row, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist()))
+    ]
+    outputs, states = zip(*pieces, strict=True)
+    return torch.cat(outputs, dim=1), torch.cat(states)
 
 
 class _CausalConv(torch.autograd.Function):
