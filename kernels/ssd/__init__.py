@@ -2,5 +2,6 @@
 
 from kernels.ssd.mitigation import Mitigation
 from kernels.ssd.scan import ssd_scan
+from kernels.ssd.window import State, Window, map_state, zero_state
 
-__all__ = ["Mitigation", "ssd_scan"]
+__all__ = ["Mitigation", "State", "Window", "map_state", "ssd_scan", "zero_state"]

@@ -8,23 +8,36 @@ import torch
 from torch import Tensor
 
 from kernels.ssd.mitigation import Mitigation
+from kernels.ssd.window import Window
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def named_tensors(arguments: dict[str, Any], mitigation: Mitigation) -> dict[str, Tensor]:
+    """The tensors among the arguments, those inside a window and a mitigation included, by name."""
+    state = arguments["initial_state"]
+    if state is not None and isinstance(state, Window) != (mitigation.window is not None):
+        wanted = "a Window" if mitigation.window is not None else "a tensor"
+        raise ValueError(
+            f"initial_state is a {type(state).__name__}: {mitigation.name} continues from {wanted}, "
+            "the state that an earlier call under it returned"
+        )
+    if isinstance(state, Window):
+        inside = {f"initial_state.{name}": tensor for name, tensor in state._asdict().items()}
+        arguments = {name: value for name, value in arguments.items() if name != "initial_state"} | inside
+    arguments = arguments | {f"mitigation.{name}": value for name, value in vars(mitigation).items()}
+    return {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+
+
 def check_arguments(
-    tensors: dict[str, Any],
+    tensors: dict[str, Tensor],
     mitigation: Mitigation,
     dt_limit: tuple[float, float] | None,
     states_every: int | None,
     chunk_size: int,
     backend: str,
 ) -> None:
-    """Raise ValueError for the first argument that does not fit, with its name, value and what would fit.
-
-    Args:
-        tensors: the tensor arguments of `ssd_scan` by name, some None.
-    """
+    """Raise ValueError for the first argument that does not fit, with its name, value and what would fit."""
     if backend not in ("naive", "chunked", "triton"):
         raise ValueError(f"backend={backend!r}: choose 'naive', 'chunked' or 'triton'")
     x, B = tensors["x"], tensors["B"]
@@ -34,16 +47,16 @@ def check_arguments(
         raise ValueError(f"B has shape {tuple(B.shape)}: expected (B, T, G, N)")
     if x.shape[2] % B.shape[2]:
         raise ValueError(f"B has {B.shape[2]} groups: must divide the {x.shape[2]} heads of x")
-    cu_seqlens = tensors["cu_seqlens"]
-    if cu_seqlens is not None:
-        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-            raise ValueError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}: expected (S + 1,) with S >= 1")
+    if "cu_seqlens" in tensors:
+        shape = tuple(tensors["cu_seqlens"].shape)
+        if len(shape) != 1 or shape[0] < 2:
+            raise ValueError(f"cu_seqlens has shape {shape}: expected (S + 1,) with S >= 1")
         if len(x) != 1:
             raise ValueError(f"x has {len(x)} rows: cu_seqlens packs sequences into one row")
     _check_dtypes(tensors, backend)
-    _check_shapes(tensors, mitigation)
+    _check_shapes(tensors, mitigation.window)
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != x.device:
+        if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move it")
     if dt_limit is not None and not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit={dt_limit}: must be (low, high) with 0 <= low <= high")
@@ -53,26 +66,37 @@ def check_arguments(
         raise ValueError(f"chunk_size={chunk_size}: must be a power of two of at least 16")
 
 
-def _check_dtypes(tensors: dict[str, Any], backend: str) -> None:
+def _check_dtypes(tensors: dict[str, Tensor], backend: str) -> None:
     x = tensors["x"]
-    inputs = FLOATS if backend == "naive" else FLOATS[:3]
+    like_x, whole = (x.dtype,), (torch.int64, torch.int32)
     states = (torch.float32, torch.float64) if backend == "naive" else FLOATS[:1]
-    whole = (torch.int64, torch.int32)
-    allowed = {"x": inputs, "B": (x.dtype,), "C": (x.dtype,), "initial_state": states}
-    allowed |= {"document_starts": (torch.bool,), "cu_seqlens": whole, "position": whole}
+    allowed = {
+        "x": FLOATS if backend == "naive" else FLOATS[:3],
+        "B": like_x,
+        "C": like_x,
+        "initial_state": states,
+        "initial_state.x": like_x,
+        "initial_state.log_decay": states,
+        "initial_state.insert": states,
+        "initial_state.B": like_x,
+        "document_starts": (torch.bool,),
+        "cu_seqlens": whole,
+        "position": whole,
+    }
     for name, tensor in tensors.items():
         dtypes = allowed.get(name, FLOATS)
-        if tensor is not None and tensor.dtype not in dtypes:
+        if tensor.dtype not in dtypes:
             wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             given = str(tensor.dtype).removeprefix("torch.")
-            why = ", x's dtype" if name in ("B", "C") else ""
+            why = ", x's dtype" if dtypes is like_x else ""
             raise ValueError(f"{name} has dtype {given}: expected {wanted}{why}")
 
 
-def _check_shapes(tensors: dict[str, Any], mitigation: Mitigation) -> None:
+def _check_shapes(tensors: dict[str, Tensor], window: int | None) -> None:
     batch, length, heads, headdim = tensors["x"].shape
     groups, d_state = tensors["B"].shape[2:]
-    rows = batch if tensors["cu_seqlens"] is None else len(tensors["cu_seqlens"]) - 1
+    rows = len(tensors["cu_seqlens"]) - 1 if "cu_seqlens" in tensors else batch
+    past = (window or 1) - 1
     expected: dict[str, tuple[tuple[int, ...], ...]] = {
         "dt": ((batch, length, heads),),
         "A": ((heads,),),
@@ -81,30 +105,34 @@ def _check_shapes(tensors: dict[str, Any], mitigation: Mitigation) -> None:
         "D": ((heads,), (heads, headdim)),
         "dt_bias": ((heads,),),
         "initial_state": ((rows, heads, headdim, d_state),),
+        "initial_state.x": ((rows, past, heads, headdim),),
+        "initial_state.log_decay": ((rows, past, heads),),
+        "initial_state.insert": ((rows, past, heads),),
+        "initial_state.B": ((rows, past, groups, d_state),),
         "document_starts": ((batch, length),),
         "position": ((rows,),),
     }
-    for name, shapes in expected.items():
-        tensor = tensors[name]
-        if tensor is not None and tuple(tensor.shape) not in shapes:
+    for name, tensor in tensors.items():
+        shapes = ((heads,), ()) if name.startswith("mitigation.") else expected.get(name)
+        if shapes is not None and tuple(tensor.shape) not in shapes:
             wanted = " or ".join(map(str, shapes))
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {wanted}")
 
 
-def check_values(tensors: dict[str, Any], dt_softplus: bool) -> None:
+def check_values(tensors: dict[str, Tensor], dt_softplus: bool) -> None:
     """What only the values can tell. Reads every tensor: on a GPU it waits for the device."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.is_floating_point() and not tensor.isfinite().all():
+        if not name.startswith("mitigation.") and not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity: expected finite numbers")
     dt, A = tensors["dt"], tensors["A"]
     if not dt_softplus and (dt < 0).any():
         raise ValueError(f"dt holds {dt.min():g}: expected dt >= 0; set dt_softplus=True for raw dt")
     if (A >= 0).any():
         raise ValueError(f"A holds {A.max():g}: expected A < 0, such as -exp(A_log)")
-    if tensors["position"] is not None and (tensors["position"] < 0).any():
+    if "position" in tensors and (tensors["position"] < 0).any():
         raise ValueError(f"position holds {tensors['position'].min()}: expected token counts, >= 0")
-    if tensors["cu_seqlens"] is not None:
-        list(sequences(tensors["cu_seqlens"], tensors["x"].shape[1]))
+    if "cu_seqlens" in tensors:
+        sequences(tensors["cu_seqlens"], tensors["x"].shape[1])
 
 
 def sequences(cu_seqlens: Tensor, length: int) -> Iterator[tuple[int, int]]:

@@ -30,11 +30,27 @@ def discretize(
     m = mitigation
     dt = _times(dt, m.delta_scale)
     log_decay = dt * _times(A, m.decay_scale)
-    if isinstance(m.alpha_scale, Tensor) or m.alpha_scale != 1.0:
-        # 0.9999 in fp32 is off by 3e-8, a three-thousandth of what it forgets: take the logarithm in float64
-        log_alpha = torch.as_tensor(m.alpha_scale, dtype=torch.float64, device=A.device).log()
-        log_decay = log_decay + log_alpha.to(A.dtype)
+    log_alpha = _log_alpha(A, m)
+    if log_alpha is not None:
+        log_decay = log_decay + log_alpha
     return log_decay, _times(dt, m.insert_scale)
+
+
+def per_head_factors(A: Tensor, mitigation: Mitigation) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(rate, log_alpha, weight), (H,) fp32, of `log_decay = log_alpha + rate * base`, `insert = weight * base`
+    with `base` the clamped softplus of dt: what a kernel that discretises by itself needs. None for 0 and 1."""
+    m, A = mitigation, A.float()
+    weight = _times(_times(torch.ones_like(A), m.delta_scale), m.insert_scale)
+    unscaled = all(isinstance(f, float) and f == 1.0 for f in (m.delta_scale, m.insert_scale))
+    return _times(_times(A, m.decay_scale), m.delta_scale), _log_alpha(A, m), None if unscaled else weight
+
+
+def _log_alpha(A: Tensor, m: Mitigation) -> Tensor | None:
+    """log(alpha_scale) (H,), in A's dtype; None for 0."""
+    if not isinstance(m.alpha_scale, Tensor) and m.alpha_scale == 1.0:
+        return None
+    # 0.9999 in fp32 is off by 3e-8, a three-thousandth of what it forgets: take the logarithm in float64
+    return torch.as_tensor(m.alpha_scale, dtype=torch.float64, device=A.device).log().to(A.dtype).expand_as(A)
 
 
 def _times(value: Tensor, factor: float | Tensor) -> Tensor:

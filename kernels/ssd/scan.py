@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kernels.ssd.checks import check_arguments, check_values, sequences
+from kernels.ssd.checks import check_arguments, check_values, named_tensors, sequences
 from kernels.ssd.chunked import chunked_scan
 from kernels.ssd.core import Core, Tokens, span_of
-from kernels.ssd.discretize import discretize
+from kernels.ssd.discretize import discretize, per_head_factors
 from kernels.ssd.mitigation import NONE, Mitigation
 from kernels.ssd.naive import oracle
 from kernels.ssd.operators import composed_scan
+from kernels.ssd.window import State, map_state
 
 Backend = Literal["naive", "chunked", "triton"]
 
@@ -26,7 +28,7 @@ def ssd_scan(
     C: Tensor,
     *,
     D: Tensor | None = None,
-    initial_state: Tensor | None = None,
+    initial_state: State | None = None,
     document_starts: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     dt_bias: Tensor | None = None,
@@ -49,7 +51,8 @@ def ssd_scan(
         A: (H,), negative.
         B, C: (B, T, G, N), G divides H; x's dtype.
         D: (H,) or (H, P), skip connection; None for none.
-        initial_state: (B, H, P, N) fp32, the state before the first token; None for zero.
+        initial_state: (B, H, P, N) fp32, the state before the first token; None for zero. Under
+            sliding_window the `Window` before it.
         document_starts: (B, T) bool; the state is zero before a True token.
         cu_seqlens: (S + 1,) int32 or int64, borders of sequences packed into one row (B = 1), from 0 to T.
             States, `position` and the window then have S rows, one a sequence.
@@ -64,20 +67,31 @@ def ssd_scan(
         validate: also check values, which reads every tensor (on a GPU it waits for the device).
 
     Returns:
-        y (B, T, H, P) in x's dtype and the final state (B, H, P, N) fp32 (fp64 for fp64 input). With
-        `states_every` also states (B, T // k, H, P, N) fp32; those of packed sequences follow each other.
+        y (B, T, H, P) in x's dtype and the final state (B, H, P, N) fp32 (fp64 for fp64 input), under
+        sliding_window the next `Window`. With `states_every` also states (B, T // k, H, P, N) fp32; those of
+        packed sequences follow each other.
 
     Raises:
         ValueError: for arguments that do not fit, naming the argument, its value and what would fit.
     """
     mitigation = mitigation or NONE
     backend = backend or ("triton" if x.is_cuda else "chunked")
-    tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state}
-    tensors |= {"document_starts": document_starts, "cu_seqlens": cu_seqlens, "dt_bias": dt_bias}
-    tensors |= {"position": position}
+    arguments: dict[str, Any] = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias}
+    arguments |= {"initial_state": initial_state, "position": position}
+    arguments |= {"document_starts": document_starts, "cu_seqlens": cu_seqlens}
+    tensors = named_tensors(arguments, mitigation)
     check_arguments(tensors, mitigation, dt_limit, states_every, chunk_size, backend)
     if validate:
         check_values(tensors, dt_softplus)
+
+    if backend == "triton" and states_every is None and not mitigation.composed:
+        from kernels.ssd.triton_scan import triton_fused_scan  # only here: importing this module needs no GPU
+
+        factors = per_head_factors(A, mitigation)
+        return triton_fused_scan(
+            x, dt, *factors, B, C, D=D, initial_state=initial_state, document_starts=document_starts,
+            cu_seqlens=cu_seqlens, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
+        )  # fmt: skip
 
     A = A.to(torch.float64 if backend == "naive" else torch.float32)
     tokens = Tokens(x, *discretize(dt, A, dt_bias, dt_softplus, dt_limit, mitigation), B, C)
@@ -91,28 +105,30 @@ def ssd_scan(
 def _core(backend: str, chunk_size: int) -> Core:
     if backend == "chunked":
         return partial(chunked_scan, chunk_size=chunk_size)
-    from kernels.ssd.triton_scan import triton_scan  # only here: importing this module needs no GPU
+    from kernels.ssd.triton_scan import triton_scan
 
     return partial(triton_scan, chunk_size=chunk_size)
 
 
 def _packed(
-    scan: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
+    scan: Callable[..., tuple[Tensor, State, Tensor | None]],
     cu_seqlens: Tensor,
     tokens: Tokens,
     D: Tensor | None,
-    initial_state: Tensor | None,
+    initial_state: State | None,
     document_starts: Tensor | None,
     position: Tensor | None,
     mitigation: Mitigation,
     states_every: int | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, State, Tensor | None]:
     """One scan a sequence; the borders are read on the host."""
     results = []
     for row, (start, stop) in enumerate(sequences(cu_seqlens, tokens.length)):
-        state, count = (None if t is None else t[row : row + 1] for t in (initial_state, position))
+        one = itemgetter(slice(row, row + 1))
+        state = None if initial_state is None else map_state(one, initial_state)
+        count = None if position is None else one(position)
         starts = span_of(document_starts, start, stop)
         results.append(scan(tokens.span(start, stop), D, state, starts, count, mitigation, states_every))
     outputs, finals, states = zip(*results, strict=True)
     kept = None if states_every is None else torch.cat(states, 1)
-    return torch.cat(outputs, 1), torch.cat(finals), kept
+    return torch.cat(outputs, 1), map_state(lambda *t: torch.cat(t), *finals), kept

@@ -125,7 +125,9 @@ def scan_case() -> type[ScanCase]:
 
 
 @st.composite
-def draw_scan_case(draw: Any, max_length: int = 200, batch: int | None = None) -> ScanCase:
+def draw_scan_case(
+    draw: Any, max_length: int = 200, batch: int | None = None, factors: bool = True
+) -> ScanCase:
     groups = draw(st.integers(1, 3))
     batch, heads = batch or draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
     length = draw(st.one_of(st.integers(1, 40), st.integers(1, max_length)))
@@ -152,7 +154,7 @@ def draw_scan_case(draw: Any, max_length: int = 200, batch: int | None = None) -
         dt_softplus=draw(st.booleans()),
         dt_limit=draw(st.sampled_from([None, (0.0, math.inf), (0.01, math.inf), (0.0, 0.9), (0.02, 0.5)])),
         documents=documents,
-        factors=draw(draw_factors(heads)),
+        factors=draw(draw_factors(heads)) if factors else {},
         seed=draw(st.integers(0, 2**31)),
     )
 
