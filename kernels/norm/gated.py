@@ -1,6 +1,6 @@
 """Gated RMSNorm in fp32 with its own backward: the inputs and the inverse root mean squares are kept."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,14 @@ from kernels.norm.rms import normalise, normalise_backward, scale_groups, token_
 
 
 def gated_rms_norm(
-    x: Tensor, z: Tensor, weight: Tensor, *, eps: float, n_groups: int = 1, norm_before_gate: bool = False
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    n_groups: int = 1,
+    norm_before_gate: bool = False,
+    backend: Literal["torch", "triton"] | None = None,
 ) -> Tensor:
     """RMSNorm(x * silu(z)), or RMSNorm(x) * silu(z) with `norm_before_gate` (arXiv 2405.21060, section 7).
 
@@ -20,6 +27,7 @@ def gated_rms_norm(
 
     Args:
         x, z: (..., C). weight: (C,). eps: added to the mean square. n_groups: divides C.
+        backend: None for Triton kernels on a GPU, PyTorch elsewhere.
 
     Returns:
         (..., C) in x's dtype; computed in fp32.
@@ -29,6 +37,10 @@ def gated_rms_norm(
         raise ValueError(
             f"x, z, weight have shapes {shapes}, n_groups={n_groups}: expected (..., C), (..., C), (C,)"
         )
+    if (backend or ("triton" if x.is_cuda else "torch")) == "triton":
+        from kernels.norm.triton_norm import triton_rms_norm  # imports triton
+
+        return triton_rms_norm(x, z, weight, eps, n_groups, norm_before_gate, x.dtype)
     return _GatedRMSNorm.apply(x, z, weight, eps, n_groups, norm_before_gate)
 
 

@@ -5,7 +5,7 @@ memory. For the backward pass the inputs and one number a token and group are ke
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,11 +17,19 @@ from kernels.native import norm as native
 BLOCK_ELEMENTS = 2**18
 
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    backend: Literal["torch", "triton"] | None = None,
+) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32.
 
     Args:
         x: (..., C). weight: (C,). eps: added to the mean square. dtype: of the result; None for x's.
+        backend: None for Triton kernels on a GPU, PyTorch elsewhere.
 
     Returns:
         (..., C) in `dtype`.
@@ -31,6 +39,10 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, dtype: torch.dtype | None
     """
     if x.shape[-1:] != weight.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: expected ({x.shape[-1]},)")
+    if (backend or ("triton" if x.is_cuda else "torch")) == "triton":
+        from kernels.norm.triton_norm import triton_rms_norm  # imports triton
+
+        return triton_rms_norm(x, None, weight, eps, 1, False, dtype or x.dtype)
     return _RMSNorm.apply(x, weight, eps, dtype or x.dtype)
 
 
