@@ -5,7 +5,8 @@ Each class checks what it can see alone; the root classes check what spans secti
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 
@@ -232,32 +233,52 @@ class TrainerConfig:
 class MitigationConfig:
     """One training-free change of the recurrence (see kernels/ssd/mitigation.py)."""
 
-    name: Literal["none", "forget_more", "delta_scale", "decay_scale"] = option("none", "which mitigation")
+    name: Literal[
+        "none", "forget_more", "delta_scale", "decay_scale", "state_norm", "sliding_window", "hard_reset"
+    ] = option("none", "which mitigation")
     alpha_scale: float = option(1.0, "forget_more: multiplies the retention exp(dt * A); in (0, 1]")
     insert_scale: float = option(1.0, "forget_more: multiplies the insertion dt * B x; in (0, 1]")
     delta_scale: float = option(1.0, "delta_scale: multiplies dt after softplus and limits; positive")
     decay_scale: float = option(1.0, "decay_scale: multiplies A; positive")
+    max_norm: float | None = option(None, "state_norm: largest Frobenius norm of a head's state; positive")
+    every: int | None = option(
+        None, "state_norm, hard_reset: clip or zero the state every so many tokens, from the document's start"
+    )
+    window: int | None = option(None, "sliding_window: y_t sees exactly the last so many tokens")
 
     def __post_init__(self) -> None:
-        owners = {
-            "alpha_scale": "forget_more",
-            "insert_scale": "forget_more",
-            "delta_scale": "delta_scale",
-            "decay_scale": "decay_scale",
-        }
-        for setting, owner in owners.items():
-            value = getattr(self, setting)
-            name = f"mitigation.{setting}"
-            if owner == "forget_more":
+        for setting, owners in MITIGATION_OWNERS.items():
+            name, value = f"mitigation.{setting}", getattr(self, setting)
+            owned = self.name in owners
+            remedy = f"belongs to {' and '.join(owners)}; set mitigation.name={owners[0]} or leave it out"
+            require(owned or value == NEUTRAL_SETTINGS[setting], name, value, remedy)
+            if not owned:
+                continue
+            require(value is not None, name, value, f"{self.name} needs it")
+            if setting in ("every", "window"):
+                require(value >= 1, name, value, "must be at least 1")
+            elif setting in ("alpha_scale", "insert_scale"):
                 require(0 < value <= 1, name, value, "must lie in (0, 1]")
             else:
                 require(value > 0 and math.isfinite(value), name, value, "must be positive and finite")
-            require(
-                value == 1.0 or self.name == owner,
-                name,
-                value,
-                f"belongs to {owner}; set mitigation.name={owner} or leave it 1.0",
-            )
+
+
+MITIGATION_OWNERS = {
+    "alpha_scale": ("forget_more",),
+    "insert_scale": ("forget_more",),
+    "delta_scale": ("delta_scale",),
+    "decay_scale": ("decay_scale",),
+    "max_norm": ("state_norm",),
+    "every": ("state_norm", "hard_reset"),
+    "window": ("sliding_window",),
+}
+NEUTRAL_SETTINGS = {f.name: f.default for f in fields(MitigationConfig) if f.name != "name"}
+
+
+def changed_settings(mitigation: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a mitigation that change something, without its name."""
+    given = {name: mitigation.get(name, neutral) for name, neutral in NEUTRAL_SETTINGS.items()}
+    return {name: value for name, value in given.items() if value != NEUTRAL_SETTINGS[name]}
 
 
 @dataclass(kw_only=True)

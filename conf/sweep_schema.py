@@ -145,7 +145,7 @@ def mitigation_spaces(config: SweepConfig) -> dict[str, Space]:
     """Mitigation name -> its space, keyed by `mitigation.<setting>`."""
     spaces = {}
     for name, settings in config.mitigation.space.items():
-        base = _parse("mitigation.space", EvaluateConfig, [{"checkpoint": "-", "mitigation.name": name}])
+        base = parse(EvaluateConfig, [{"checkpoint": "-"}])  # its name is checked with each point's settings
         require(name != "none", "mitigation.space", name, "is the baseline, which is always tried")
         require(
             isinstance(settings, dict),

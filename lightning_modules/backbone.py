@@ -61,9 +61,17 @@ class Mamba2(nn.Module):
             self.out_proj.weight /= math.sqrt(config.n_layers)
 
     def forward(
-        self, u: Tensor, state: LayerState, document_starts: Tensor | None, mitigation: Mitigation
+        self,
+        u: Tensor,
+        state: LayerState,
+        document_starts: Tensor | None,
+        position: Tensor,
+        mitigation: Mitigation,
     ) -> tuple[Tensor, LayerState]:
-        """u (B, T, d_model) -> (B, T, d_model) and the state after the last token."""
+        """u (B, T, d_model) -> (B, T, d_model) and the state after the last token.
+
+        position: (B,), tokens since the row's document began, before these.
+        """
         c = self.config
         z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.n_heads], dim=-1)
         xBC, conv_state = causal_conv1d(
@@ -87,6 +95,7 @@ class Mamba2(nn.Module):
             dt_softplus=True,
             dt_limit=c.dt_limit,
             mitigation=mitigation,
+            position=position,
             chunk_size=c.chunk_size,
         )
         out = self.out_proj(self.norm(y.flatten(2), z))
@@ -109,9 +118,14 @@ class Block(nn.Module):
         self.mixer = Mamba2(config)
 
     def forward(
-        self, hidden: Tensor, state: LayerState, document_starts: Tensor | None, mitigation: Mitigation
+        self,
+        hidden: Tensor,
+        state: LayerState,
+        document_starts: Tensor | None,
+        position: Tensor,
+        mitigation: Mitigation,
     ) -> tuple[Tensor, LayerState]:
-        out, state = self.mixer(self.norm(hidden), state, document_starts, mitigation)
+        out, state = self.mixer(self.norm(hidden), state, document_starts, position, mitigation)
         return hidden + out, state
 
 
@@ -132,7 +146,7 @@ class Mamba2Backbone(nn.Module):
         hidden = self.embedding(ids)
         layer_states = []
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
-            hidden, layer_state = layer(hidden, layer_state, document_starts, mitigation)
+            hidden, layer_state = layer(hidden, layer_state, document_starts, state.position, mitigation)
             layer_states.append(layer_state)
         position = _advance(state.position, document_starts, ids.shape[1])
         return self.norm_f(hidden), ModelState(tuple(layer_states), position, state.mitigation)
@@ -183,7 +197,7 @@ class Mamba2LM(nn.Module):
         mitigation = mitigation or Mitigation()
         if state is None:
             dtype = _compute_dtype(self.backbone.embedding.weight)
-            state = ModelState.zeros(self.config, len(ids), ids.device, dtype, mitigation.key)
+            state = ModelState.zeros(self.config, len(ids), ids.device, dtype, mitigation)
         state.require(mitigation.key, len(ids))
         return self.backbone(ids, state, document_starts, mitigation)
 

@@ -7,14 +7,19 @@ import torch
 from torch import Tensor
 
 from conf.schema import ModelConfig
+from kernels.ssd import Mitigation, Window, map_state, zero_state
 
 
 @dataclass(frozen=True)
 class LayerState:
-    """conv: the last inputs of the convolution, (B, channels, d_conv - 1). ssm: (B, H, P, N) fp32."""
+    """conv: the last inputs of the convolution, (B, channels, d_conv - 1). ssm: (B, H, P, N) fp32, or what
+    the mitigation in force keeps in its place: under sliding_window the last tokens."""
 
     conv: Tensor
-    ssm: Tensor
+    ssm: Tensor | Window
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.conv, *([self.ssm] if isinstance(self.ssm, Tensor) else self.ssm)
 
 
 @dataclass(frozen=True)
@@ -27,19 +32,24 @@ class ModelState:
 
     @classmethod
     def zeros(
-        cls, config: ModelConfig, batch: int, device: torch.device | str, dtype: torch.dtype, mitigation: str
+        cls,
+        config: ModelConfig,
+        batch: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        mitigation: Mitigation,
     ) -> "ModelState":
-        """The state before the first token."""
+        """The state before the first token; dtype: what the model computes in."""
         conv_shape = (batch, config.conv_dim, config.d_conv - 1)
-        ssm_shape = (batch, config.n_heads, config.headdim, config.d_state)
+        ssm_shape = (batch, config.n_heads, config.headdim, config.n_groups, config.d_state)
         layers = tuple(
             LayerState(
                 conv=torch.zeros(conv_shape, device=device, dtype=dtype),
-                ssm=torch.zeros(ssm_shape, device=device, dtype=torch.float32),
+                ssm=zero_state(mitigation, *ssm_shape, dtype=dtype, device=device),
             )
             for _ in range(config.n_layers)
         )
-        return cls(layers, torch.zeros(batch, dtype=torch.int64, device=device), mitigation)
+        return cls(layers, torch.zeros(batch, dtype=torch.int64, device=device), mitigation.key)
 
     @property
     def batch_size(self) -> int:
@@ -64,5 +74,5 @@ class ModelState:
         return self._map(lambda t: t.index_select(0, index))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "ModelState":
-        layers = tuple(LayerState(conv=function(s.conv), ssm=function(s.ssm)) for s in self.layers)
+        layers = tuple(LayerState(conv=function(s.conv), ssm=map_state(function, s.ssm)) for s in self.layers)
         return replace(self, layers=layers, position=function(self.position))

@@ -13,6 +13,7 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from conf.schema import NEUTRAL_SETTINGS
 from conf.search_space import Point
 from conf.sweep_schema import SweepConfig
 from sweeps.studies import point_of, run_directory
@@ -201,7 +202,7 @@ def describe(point: Point, seed: int | None = None) -> str:
     settings = [
         f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in short.items()
-        if name is None or value != 1.0
+        if name is None or value != NEUTRAL_SETTINGS.get(key, 1.0)
     ]
     if name is None or list(short) == [name]:
         return ", ".join(settings)

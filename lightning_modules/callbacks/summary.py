@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conf.schema import ModelConfig
+from kernels.ssd import Mitigation
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.optim import parameter_groups
 from lightning_modules.state import ModelState
@@ -29,7 +30,7 @@ def summarize(module: LanguageModel) -> Table:
     config = module.config
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
-    conv, ssm = state_elements(config.model)
+    conv, ssm = state_elements(config.model, module.mitigation)
     table.add_row("parameters", f"{parameters:,}")
     table.add_row("state", f"{conv + ssm:,} elements a sequence ({ssm:,} SSM, {conv:,} convolution)")
     for label, group in zip(("decayed", "not decayed"), parameter_groups(module.model, 1.0), strict=True):
@@ -38,10 +39,12 @@ def summarize(module: LanguageModel) -> Table:
     return table
 
 
-def state_elements(config: ModelConfig) -> tuple[int, int]:
-    """Numbers that one sequence's recurrent state holds: convolution tails, SSM states."""
-    state = ModelState.zeros(config, 1, "meta", torch.float32, "none")
-    return sum(layer.conv.numel() for layer in state.layers), sum(layer.ssm.numel() for layer in state.layers)
+def state_elements(config: ModelConfig, mitigation: Mitigation) -> tuple[int, int]:
+    """Numbers that one sequence's recurrent state holds: convolution tails, SSM states or windows."""
+    state = ModelState.zeros(config, 1, "meta", torch.float32, mitigation)
+    total = sum(t.numel() for layer in state.layers for t in layer.tensors())
+    conv = sum(layer.conv.numel() for layer in state.layers)
+    return conv, total - conv
 
 
 def _compact(names: list[str]) -> list[str]:

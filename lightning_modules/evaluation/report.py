@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from conf.schema import changed_settings
 from lightning_modules.figures import accuracy_by_length, loss_by_position, passkey_heatmap
 
 Rows = list[dict[str, Any]]
@@ -35,7 +36,7 @@ def describe_mitigation(mitigation: dict[str, Any]) -> str:
     """`forget_more (alpha_scale 0.999)`; empty for none."""
     if mitigation["name"] == "none":
         return ""
-    changed = [f"{name} {value:g}" for name, value in mitigation.items() if name != "name" and value != 1.0]
+    changed = [f"{name} {value:g}" for name, value in changed_settings(mitigation).items()]
     return f"{mitigation['name']} ({', '.join(changed)})" if changed else mitigation["name"]
 
 

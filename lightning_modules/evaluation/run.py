@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from conf.load import flatten, to_dict, to_yaml
-from conf.schema import EvaluateConfig, TrainConfig
+from conf.schema import EvaluateConfig, TrainConfig, changed_settings
 from data.tokenizers import load_tokenizer
 from lightning_modules.checkpoints import WEIGHTS, list_checkpoints, load_config, load_model
 from lightning_modules.evaluation.conclusion import conclude, exact_by_length, metrics
@@ -237,7 +237,7 @@ def _warn_of_non_finite(
     if loss is not None and loss["non_finite"]:
         first = next(p for p, value in zip(loss["position"], loss["loss"], strict=True) if value is None)
         lengths.add(f"the loss near token {first:.0f}")
-    settings = {name: value for name, value in to_dict(config.mitigation).items() if value != 1.0}
+    settings = {"name": config.mitigation.name, **changed_settings(to_dict(config.mitigation))}
     for what in sorted(lengths):
         print(f"warning: NaN or infinity in {what}, mitigation {settings}: counted as wrong", file=sys.stderr)
 

@@ -14,6 +14,11 @@ from kernels.ssd import Mitigation
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.state import ModelState
 
+OPERATORS: dict[str, dict[str, Any]] = {
+    "state_norm": {"max_norm": 0.003, "every": 3},
+    "sliding_window": {"window": 3},
+    "hard_reset": {"every": 3},
+}
 TOLERANCE = 1e-4  # fp32 against fp32 in another order of summation; measured: 2e-6
 
 
@@ -43,7 +48,16 @@ def draw_mitigation(n_heads: int) -> st.SearchStrategy[Mitigation | None]:
     scales = st.sampled_from([0.6, 0.9, 0.999])
     factors = st.one_of(scales, st.lists(scales, min_size=n_heads, max_size=n_heads).map(torch.tensor))
     names = st.sampled_from(["alpha_scale", "insert_scale", "delta_scale", "decay_scale"])
-    return st.none() | st.dictionaries(names, factors, min_size=1).map(lambda f: Mitigation(name="test", **f))
+    factors_of = st.dictionaries(names, factors, min_size=1).map(lambda f: Mitigation(name="test", **f))
+    tokens, norm = st.integers(1, 12), st.sampled_from([0.003, 0.03])
+    norms = st.one_of(norm, st.lists(norm, min_size=n_heads, max_size=n_heads).map(torch.tensor))
+    return st.one_of(
+        st.none(),
+        factors_of,
+        st.builds(Mitigation, st.just("state_norm"), max_norm=norms, every=tokens),
+        st.builds(Mitigation, st.just("sliding_window"), window=tokens),
+        st.builds(Mitigation, st.just("hard_reset"), every=tokens),
+    )
 
 
 def build(config: ModelConfig, seed: int) -> Mamba2LM:
@@ -73,7 +87,7 @@ def results(model: Mamba2LM, logits: Tensor, state: ModelState) -> dict[str, Ten
     """Logits, every state, and every parameter's gradient of a loss that reads all of them."""
     values = {"logits": logits}
     for i, layer in enumerate(state.layers):
-        values |= {f"layer {i} conv": layer.conv, f"layer {i} ssm": layer.ssm}
+        values |= {f"layer {i} part {j}": t for j, t in enumerate(layer.tensors()) if t.numel()}
     generator = torch.Generator().manual_seed(7)
     loss = sum(
         ((v * torch.randn(v.shape, generator=generator)).sum() for v in values.values()), torch.zeros(())
@@ -91,7 +105,7 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], check_close:
         check_close(value, expected[name], TOLERANCE, name, floor=floor)
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_pieces_equal_the_whole(data: Any, check_close: Any) -> None:
     config = data.draw(draw_config())
@@ -112,6 +126,25 @@ def test_pieces_equal_the_whole(data: Any, check_close: Any) -> None:
 
     assert torch.equal(state.position, out.state.position)
     compare(results(model, logits, state), results(model, out.logits, out.state), check_close)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("cuts", [[], [1, 2, 9, 30], list(range(1, 37))], ids=["whole", "pieces", "tokens"])
+def test_selected_rows_continue_under_a_mitigation(name: str, cuts: list[int], check_close: Any) -> None:
+    """Rows of different positions, selected and repeated half way: as each of them from its own start."""
+    config = ModelConfig(d_model=16, headdim=8, d_state=4, n_layers=2, vocab_size=11)
+    model, mitigation = build(config, seed=5), Mitigation(name, **OPERATORS[name])
+    ids, index = torch.randint(11, (3, 20)), torch.tensor([2, 0, 2])
+    starts = torch.zeros(3, 20, dtype=torch.bool)
+    starts[1, 4] = starts[2, 13] = True
+    more = torch.randint(11, (3, 17))
+    with torch.no_grad():
+        whole = torch.cat([ids[index], more], 1)
+        borders = torch.cat([starts[index], torch.zeros(3, 17, dtype=torch.bool)], 1)
+        expected = run_pieces(model, whole, borders, cuts, mitigation)[0][:, 20:]
+        state = model(ids, document_starts=starts, mitigation=mitigation).state
+        actual = model(more, state.rows(index).detach(), mitigation=mitigation).logits
+    check_close(actual, expected, TOLERANCE, "logits")
 
 
 def test_position_counts_from_the_last_document_start() -> None:
@@ -157,6 +190,8 @@ def test_a_mitigation_changes_the_logits() -> None:
     )
     plain = model(ids).logits
     assert torch.equal(model(ids, mitigation=Mitigation(name="neutral")).logits, plain)
+    for name, operator in OPERATORS.items():
+        assert not torch.allclose(model(ids, mitigation=Mitigation(name, **operator)).logits, plain)
     for factor in ("alpha_scale", "insert_scale", "delta_scale", "decay_scale"):
         assert not torch.allclose(model(ids, mitigation=Mitigation(name="m", **{factor: 0.5})).logits, plain)
 

@@ -71,6 +71,30 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+@pytest.mark.parametrize(
+    "mitigation",
+    [
+        ("name=state_norm", "max_norm=0.01", "every=16"),
+        ("name=sliding_window", "window=50"),
+        ("name=hard_reset", "every=100"),
+    ],
+    ids=["state_norm", "sliding_window", "hard_reset"],
+)
+def test_evaluates_under_any_mitigation(
+    checkpoint: Path, tmp_path: Path, mitigation: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [f"mitigation.{setting}" for setting in mitigation]
+    main([f"checkpoint={checkpoint}", f"run_dir={tmp_path}", UNTRACKED, *QUICK, *settings])
+    evaluation = read_json(tmp_path / "evaluation.json")
+    assert f"name={evaluation['mitigation']['name']}" == mitigation[0]
+    assert all(value is not None for value in evaluation["loss"]["loss"])
+    (name, *shown) = (setting.split("=")[1] for setting in mitigation)
+    printed, errors = capsys.readouterr()
+    assert errors == ""
+    assert f"{name} (" in printed
+    assert all(value in printed for value in shown)
+
+
 def test_leaves_a_described_evaluation(
     checkpoint: Path, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

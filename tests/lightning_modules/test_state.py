@@ -25,14 +25,14 @@ def model() -> Mamba2LM:
 
 
 def tensors(state: ModelState) -> list[torch.Tensor]:
-    return [t for layer in state.layers for t in (layer.conv, layer.ssm)] + [state.position]
+    return [t for layer in state.layers for t in layer.tensors()] + [state.position]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_state_is_the_start(model: Mamba2LM, dtype: torch.dtype) -> None:
     """Shapes as documented; the SSM state is fp32 whatever the model computes in."""
     model = model.to(dtype)
-    state = ModelState.zeros(model.config, 3, "cpu", dtype, "none")
+    state = ModelState.zeros(model.config, 3, "cpu", dtype, Mitigation())
     assert [tuple(t.shape) for t in tensors(state)] == [(3, 48, 2), (3, 4, 8, 4)] * 2 + [(3,)]
     assert not any(t.any() for t in tensors(state))
     ids = torch.randint(9, (3, 10))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from conf.schema import DataConfig, MitigationConfig, ModelConfig, OptimConfig, TrainConfig, TrainerConfig
+from kernels.ssd import Mitigation
 from lightning_modules.callbacks.summary import state_elements, summarize
 from lightning_modules.finite import watch_forward
 from lightning_modules.language_model import LanguageModel
@@ -234,4 +235,4 @@ def test_the_summary_lists_what_decays_and_the_state() -> None:
         assert name not in rows["decayed"]
     assert "embedding.weight" in rows["decayed"]
     # Two layers: 4 heads x 16 x 16 of SSM state, 96 channels x 3 tokens of convolution.
-    assert state_elements(MODEL) == (2 * 96 * 3, 2 * 4 * 16 * 16)
+    assert state_elements(MODEL, Mitigation()) == (2 * 96 * 3, 2 * 4 * 16 * 16)

@@ -66,6 +66,15 @@ def test_points_are_the_whole_grid_without_the_identity(arguments):
     ]
 
 
+def test_settings_without_a_neutral_value_are_points_too(arguments):
+    config = parse(SweepConfig, [*arguments, "mitigation.space={sliding_window: {window: [1, 64]}}"])
+    check(config)
+    points = [tuple(point.values()) for point in mitigation_points(config)]
+    assert points[-2:] == [("sliding_window", 1), ("sliding_window", 64)]
+    with pytest.raises(ValueError, match=r"mitigation.max_norm=None: state_norm needs it"):
+        check(parse(SweepConfig, [*arguments, "mitigation.space={state_norm: {every: [4]}}"]))
+
+
 def test_each_stage_evaluates_on_prompts_of_its_own(arguments):
     config = parse(SweepConfig, [*arguments, "mitigation.confirm.passkey.prompts=9"])
     settings = [evaluation(config, stage=stage) for stage in ("train", "mitigation", "confirm")]
