@@ -1,7 +1,7 @@
 """Choice of launch settings for Triton kernels: a few configs a kernel, measured once by `kernels.warmup`.
 
 Nothing is measured during training: `pick` answers at once, from the cache on disk where `python -m
-kernels.warmup` has measured this key on this GPU, else with the kernel's first config. Tests force each in turn.
+kernels.warmup` has measured this key on this GPU, else with the kernel's first config. Tests force each.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import torch
 
 MOST_CONFIGS = 3
 _forced: dict[str, int] = {}
+_recorders: list[dict[str, tuple["Config", ...]]] = []
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,15 @@ class Config:
 
 
 def pick(kernel: str, configs: Sequence[Config], **key: Any) -> Config:
-    """The config of `kernel` for `key` (shapes and dtypes; lengths and batches should be rounded by the caller)."""
+    """The config of `kernel` for `key`: shapes and dtypes; lengths and batches rounded by the caller."""
     assert 1 <= len(configs) <= MOST_CONFIGS, kernel
-    if kernel in _forced:
-        return configs[_forced[kernel] % len(configs)]
-    index = _table().get(entry(kernel, **key), 0)
+    name = entry(kernel, **key)
+    for seen in _recorders:
+        seen[name] = tuple(configs)
+    for chosen in (name, kernel, "*"):
+        if chosen in _forced:
+            return configs[_forced[chosen] % len(configs)]
+    index = _table().get(name, 0)
     return configs[index] if index < len(configs) else configs[0]
 
 
@@ -53,12 +58,26 @@ def bucket(count: int) -> int:
 
 @contextlib.contextmanager
 def forced(kernel: str, index: int) -> Iterator[None]:
-    """Use config `index` of `kernel` whatever the cache says."""
+    """Use config `index`, modulo their number, whatever the cache says.
+
+    kernel: its name, an `entry`, or "*" for every kernel.
+    """
     _forced[kernel] = index
     try:
         yield
     finally:
         del _forced[kernel]
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[dict[str, tuple[Config, ...]]]:
+    """Collects what is picked inside: entry -> the configs it was picked from."""
+    seen: dict[str, tuple[Config, ...]] = {}
+    _recorders.append(seen)
+    try:
+        yield seen
+    finally:
+        _recorders.remove(seen)
 
 
 def cache_path() -> Path:

@@ -1,0 +1,1 @@
+"""What `kernels.bench`, `kernels.warmup` and `kernels.aot` run: shapes, operators, peers, timing."""
