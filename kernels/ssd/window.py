@@ -116,7 +116,7 @@ def last_window(whole: Tokens, starts: Tensor | None, window: int) -> Window:
 
 def _block_starts(like: Tensor, length: int, window: int) -> Tensor:
     """(B, length) bool: the first tokens of blocks."""
-    return (torch.arange(length, device=like.device) % window == 0).expand(len(like), length)
+    return (torch.arange(length, device=like.device) % window == 0).repeat(len(like), 1)
 
 
 def _blocks_before(whole: Tokens, C: Tensor, starts: Tensor | None, window: int) -> tuple[Tokens, Tensor]:
