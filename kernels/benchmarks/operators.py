@@ -8,6 +8,7 @@ matrix-product FLOPs over that of a large product, both measured first. A failur
 """
 
 import gc
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from kernels.benchmarks.suite import chosen
 
 # The error that a broken launch leaves behind on the device: nothing more can be measured in this process.
 FATAL = ("illegal memory access", "unspecified launch failure", "misaligned address", "device-side assert")
+WIDTH = 200  # of the table in a log
 
 
 @dataclass(kw_only=True)
@@ -59,7 +61,8 @@ def run(config: BenchConfig) -> None:
 
     from kernels.benchmarks import report
 
-    console, path, rows = Console(), Path(config.json), []
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    path, rows = Path(config.json), []
     machine = timing.machine()
     speeds = f"copy {machine.copy / 1e12:.2f} TB/s, bf16 product {machine.matmul / 1e12:.0f} TFLOP/s"
     console.print(f"{machine.name}: {speeds}")

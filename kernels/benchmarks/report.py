@@ -53,16 +53,20 @@ def table(rows: Sequence[Row]) -> "Table":
         shown.add_column(name, justify="right")
     previous = None
     for row in rows:
-        if previous not in (None, (row["op"], _where(row))):
+        if previous not in (None, row["op"]):
             shown.add_section()
-        previous = (row["op"], _where(row))
+        previous = row["op"]
         what = (row["op"], _where(row), _who(row))
         if row["ms"] is None:
             shown.add_row(*what, "failed", *[""] * (len(names) - 2), row["error"][:60])
             continue
         cells = [f"{row['ms']:.4f}", f"{row['spread_ms']:.4f}", _number(row["ratio"], ".2f")]
         cells += [f"{row['gb_per_s']:.0f}", f"{row['tflop_per_s']:.0f}", f"{row['share_of_limit']:.0%}"]
-        cells += [f"{row['temporaries_mib']:.0f}", str(row["launches"]), f"{row['first_call_s']:.2f}"]
+        cells += [
+            f"{row['temporaries_mib']:.0f}",
+            _number(row["launches"], "d"),
+            f"{row['first_call_s']:.2f}",
+        ]
         shown.add_row(*what, *cells, _number(row["oracle_error"], ".0e"))
     return shown
 
@@ -82,8 +86,9 @@ def figure(rows: Sequence[Row], path: Path) -> Path:
     for panel, op in zip(panels.flat, ops, strict=False):
         mine = [row for row in rows if row["op"] == op]
         places = list(dict.fromkeys(_where(row) for row in mine))
-        width = 0.8 / len(systems)
-        for index, system in enumerate(systems):
+        present = [system for system in systems if any(row["system"] == system for row in mine)]
+        width = 0.8 / len(present)
+        for index, system in enumerate(present):
             bars = [(places.index(_where(r)), r["ms"]) for r in mine if r["system"] == system and r["ms"]]
             if bars:
                 at, heights = zip(*bars, strict=True)
@@ -92,7 +97,7 @@ def figure(rows: Sequence[Row], path: Path) -> Path:
                     heights,
                     width,
                     label=system,
-                    color=f"C{index}",
+                    color=f"C{systems.index(system)}",
                 )
         limits = {places.index(_where(row)): row["limit_ms"] for row in mine}
         panel.hlines(

@@ -23,12 +23,12 @@ Call = Callable[[Any], tuple[Tensor, ...]]
 @dataclass(frozen=True)
 class Measurement:
     """ms: median of one call. spread_ms: between its quartiles. temporaries_mib: peak memory less inputs,
-    outputs and gradients. launches: kernels, copies and fills on the device."""
+    outputs and gradients. launches: kernels, copies and fills on the device; None if the profiler fails."""
 
     ms: float
     spread_ms: float
     temporaries_mib: float
-    launches: int
+    launches: int | None
 
 
 def machine() -> Machine:
@@ -116,11 +116,14 @@ def _temporaries(call: Call, inputs: Any) -> float:
     return peak / 2**20
 
 
-def _launches(call: Call, inputs: Any) -> int:
+def _launches(call: Call, inputs: Any) -> int | None:
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        call(inputs)
-        torch.cuda.synchronize()
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            call(inputs)
+            torch.cuda.synchronize()
+    except RuntimeError:  # counters are not open to every user of a machine
+        return None
     on_device = (e for e in profiler.events() or () if e.device_type == torch.autograd.DeviceType.CUDA)
     return sum(1 for _ in on_device)
