@@ -23,6 +23,14 @@ def dot(a, b, acc=None):
     return tl.dot(a, b, acc=acc, input_precision="tf32x3")
 
 
+@triton.jit
+def softplus(v):
+    """log(1 + e^v), exact to fp32 everywhere: for small e = e^v a series, as 1 + e rounds e away."""
+    e = tl.exp(-tl.abs(v))
+    log1p = tl.where(e < 1e-3, e * (1.0 - e * (0.5 - e * 0.33333334)), tl.log(1.0 + e))
+    return tl.maximum(v, 0.0) + log1p
+
+
 def on_device(t: Tensor) -> AbstractContextManager[None]:
     """Launch on the device that holds t, whatever the current one is."""
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
