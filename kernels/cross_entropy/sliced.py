@@ -1,5 +1,7 @@
 """Cross-entropy of a linear head, a slice of tokens at a time: the full logits never exist."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,16 +11,23 @@ from torch.utils.checkpoint import checkpoint
 SLICE_LOGITS = 2**24
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, backend: Literal["torch", "triton"] | None = None
+) -> Tensor:
     """-log softmax(hidden weight^T)[target] for every token, in fp32.
 
     Args:
         hidden: (..., d). weight: (V, d). targets: (...,) int64 in [0, V).
+        backend: None for Triton kernels on a GPU, PyTorch elsewhere.
 
     Returns:
         (...,) fp32, in nats. Peak memory beyond the inputs is one slice of logits, forward and backward.
     """
     flat, labels = hidden.flatten(0, -2), targets.flatten()
+    if (backend or ("triton" if hidden.is_cuda else "torch")) == "triton":
+        from kernels.cross_entropy.triton_head import triton_linear_cross_entropy  # imports triton
+
+        return triton_linear_cross_entropy(flat, weight, labels).view(targets.shape)
     step = max(1, SLICE_LOGITS // weight.shape[0])
     if len(labels) <= step:
         return _slice_loss(flat, weight, labels).view(targets.shape)
