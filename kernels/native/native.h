@@ -51,6 +51,12 @@ static inline void store(const tensor *t, int64_t offset, const float *restrict 
     }
 }
 
+/* Write a whole row, rounded if need be. */
+static inline void write_row(const tensor *t, int64_t offset, const float *row, int64_t n) {
+    if (t->dtype == FP32) memcpy((float *)t->data + offset, row, (size_t)n * sizeof(float));
+    else store(t, offset, row, n);
+}
+
 static inline float get(const tensor *t, int64_t offset) {
     float room;
     return *load(t, offset, &room, 1);

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from kernels.conv import causal_conv1d
 from kernels.native import build
+from kernels.native import scan as native_scan
 from kernels.norm import gated_rms_norm, rms_norm
+from kernels.ssd import ssd_scan
+from lightning_modules import cpu
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no C compiler")
@@ -74,12 +77,55 @@ def norm_first(dtype: torch.dtype) -> list[Tensor]:
     return norm(dtype, norm_before_gate=True)
 
 
+def scan(dtype: torch.dtype) -> list[Tensor]:
+    """Groups, documents, an initial state, a padded chunk, x, B and C slices of one tensor."""
+    torch.manual_seed(0)
+    leaves = {
+        "xBC": torch.randn(2, 300, 6 * 16 + 2 * 2 * 24).to(dtype),
+        "dt": torch.rand(2, 300, 6).to(dtype),
+        "A": -torch.rand(6) - 0.1,
+        "D": torch.randn(6),
+        "initial_state": torch.randn(2, 6, 16, 24),
+    }
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    x, B, C = leaves["xBC"].split([96, 48, 48], dim=-1)
+    x, B, C = x.unflatten(2, (6, 16)), B.unflatten(2, (2, 24)), C.unflatten(2, (2, 24))
+    options = {"D": leaves["D"], "initial_state": leaves["initial_state"]}
+    starts = torch.rand(2, 300) < 0.02
+    y, state = ssd_scan(x, leaves["dt"], leaves["A"], B, C, document_starts=starts, **options)
+    return results((y, state), leaves)
+
+
+def scan_passes(dtype: torch.dtype) -> list[Tensor]:
+    """The scan's passes without its matrix products."""
+    torch.manual_seed(0)
+    b, c, g, k, q, p, n = 2, 5, 2, 3, 32, 16, 24
+    starts = torch.rand(b, c, q) < 0.05
+    decays = -torch.rand(b, c, g, q, k), torch.rand(b, c, g, q, k)
+    w = native_scan.weights(*decays, starts, dtype)
+    x, other = torch.randn(2, b, c, g, q, k, p).to(dtype)
+    span, scores, D = slice(1, 4), torch.randn(b, 3, g, q, q).to(dtype), torch.randn(g * k)
+    scaled, per_head, dot = native_scan.split(x[:, span], w.outward[:, span], other[:, span])
+    added, entering = torch.randn(2, b, 3, g, k, p, n).to(dtype)
+    recurred = native_scan.recur_backward(torch.randn(b, g, k, p, n), w, span, added, entering)
+    mixer = native_scan.mixer(scores, w, span, D)
+    back = native_scan.mixer_backward(scores, torch.randn_like(mixer), w, span, D)
+    assert torch.equal(back[0], mixer)
+    out = torch.empty_like(x)
+    arguments = (per_head, other[:, span].contiguous(), x[:, span], w, span)
+    leaving = native_scan.join_backward(*arguments, out=out[:, span])
+    ddecays = torch.empty(2, b, 3, g, q, k)
+    assert dot is not None
+    native_scan.decay_backward(w, span, (back[2], back[3], dot, leaving, recurred[2]), *ddecays)
+    weights = [t for t in w if t is not None]
+    return [*weights, scaled, per_head, dot, *recurred, mixer, *back, out[:, span], leaving, *ddecays]
+
+
 OPERATORS: list[Run] = [conv, norm, norm_first]
-operators = pytest.mark.parametrize("run", OPERATORS, ids=lambda run: run.__name__)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
-@operators
+@pytest.mark.parametrize("run", [*OPERATORS, scan], ids=lambda run: run.__name__)
 @dtypes
 def test_equals_the_pytorch_form(
     run: Run, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, check_close: Any
@@ -93,7 +139,7 @@ def test_equals_the_pytorch_form(
         check_close(ours, pytorch, 1e-5 if dtype == torch.float32 else 1e-2, f"{run.__name__} {index}")
 
 
-@operators
+@pytest.mark.parametrize("run", [*OPERATORS, scan_passes], ids=lambda run: run.__name__)
 @dtypes
 def test_does_not_depend_on_the_number_of_threads(run: Run, dtype: torch.dtype) -> None:
     """Bit for bit, in the passes written here; PyTorch's sum of the tasks' shares is the same on few rows."""
@@ -175,6 +221,15 @@ def test_processes_that_compile_at_once_all_get_a_whole_library(tmp_path: Path) 
     printed = {process.communicate(timeout=300)[0].strip() for process in started}
     (library,) = tmp_path.iterdir()
     assert printed == {str(library)}
+
+
+@pytest.mark.parametrize(
+    ("features", "native"),
+    [({"avx2"}, False), ({"avx2", "avx512_bf16"}, True), ({"amx_bf16"}, True), (set(), True)],
+)
+def test_bf16_of_the_cpu(features: set[str], native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "cpu_features", lambda: frozenset(features))
+    assert cpu.has_native_bf16() == native
 
 
 def test_importing_compiles_nothing(tmp_path: Path) -> None:
