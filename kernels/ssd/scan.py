@@ -15,7 +15,7 @@ from kernels.ssd.discretize import discretize, per_head_factors
 from kernels.ssd.mitigation import NONE, Mitigation
 from kernels.ssd.naive import oracle
 from kernels.ssd.operators import composed_scan
-from kernels.ssd.window import State, map_state
+from kernels.ssd.window import State, Window, map_state
 
 Backend = Literal["naive", "chunked", "triton"]
 
@@ -87,6 +87,7 @@ def ssd_scan(
     if backend == "triton" and states_every is None and not mitigation.composed:
         from kernels.ssd.triton_scan import triton_fused_scan  # only here: importing this module needs no GPU
 
+        assert not isinstance(initial_state, Window)
         factors = per_head_factors(A, mitigation)
         return triton_fused_scan(
             x, dt, *factors, B, C, D=D, initial_state=initial_state, document_starts=document_starts,

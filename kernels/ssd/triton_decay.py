@@ -1,0 +1,128 @@
+# mypy: disable-error-code="no-untyped-def"
+"""dt -> what the scan kernels read of it: chunk sums of log decays and insertion weights, one pass each way.
+
+    base = clamp(softplus(dt + dt_bias), limit)     a = log_alpha + rate * base      w = weight * base
+
+with `rate`, `log_alpha` and `weight` one number a head: A and the factors of a mitigation, multiplied out
+by the caller. Sums run within chunks of Q tokens from each row's first token, in base 2, and are laid out
+(B, H, T) so that a chunk of one head is contiguous. `triton_raw_sums` does the same for decays and weights
+that are given.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.ssd.triton_rows import chunk_of
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def softplus(v):
+    """log(1 + e^v), exact to fp32 everywhere: for small e^v the logarithm's series, as log(1 + e) rounds e
+    away."""
+    e = tl.exp(-tl.abs(v))
+    log1p = tl.where(e < 1e-3, e * (1.0 - e * (0.5 - e * 0.33333334)), tl.log(1.0 + e))
+    return tl.maximum(v, 0.0) + log1p
+
+
+@triton.jit
+def _base(dt, bias, low, high, SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr):
+    """base (Q, H) of dt (Q, H) and bias (H,), and its derivative by dt."""
+    v = dt + bias[None, :]
+    base, slope = v, tl.full(v.shape, 1.0, tl.float32)
+    if SOFTPLUS:
+        base, slope = softplus(v), tl.sigmoid(v)
+    if LIMIT:
+        slope = tl.where((base < low) | (base > high), 0.0, slope)
+        base = tl.minimum(tl.maximum(base, low), high)
+    return base, slope
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "n_slots"])
+def decay_sums_kernel(
+    dt, bias, rate, log_alpha, weight, insert, slots, sums, inserts,
+    stride_dt_b, stride_dt_t, stride_dt_h, stride_in_b, stride_in_t, stride_in_h,
+    low, high, T, chunks, n_slots, H,
+    Q: tl.constexpr, BLOCK_H: tl.constexpr, RAW: tl.constexpr, SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr,
+    BIAS: tl.constexpr, ALPHA: tl.constexpr, WEIGHT: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """One chunk of BLOCK_H heads. RAW: dt holds log decays, insert the weights."""
+    slot, block = tl.program_id(0) // tl.cdiv(H, BLOCK_H), tl.program_id(0) % tl.cdiv(H, BLOCK_H)
+    batch, start, end = chunk_of(slot, slots, T, 0, chunks, n_slots, Q, VARLEN)
+    if start >= end:
+        return
+    t, h = start + tl.arange(0, Q), block * BLOCK_H + tl.arange(0, BLOCK_H)
+    known, mask_h = (t < end)[:, None] & (h < H)[None, :], h < H
+    v = tl.load(
+        dt + batch * stride_dt_b + t[:, None] * stride_dt_t + h[None, :] * stride_dt_h, mask=known, other=0.0
+    ).to(tl.float32)
+    if RAW:
+        a = v
+        w = tl.load(
+            insert + batch * stride_in_b + t[:, None] * stride_in_t + h[None, :] * stride_in_h,
+            mask=known,
+            other=0.0,
+        ).to(tl.float32)
+    else:
+        b = tl.zeros((BLOCK_H,), tl.float32)
+        if BIAS:
+            b = tl.load(bias + h, mask=mask_h, other=0.0).to(tl.float32)
+        w, _ = _base(v, b, low, high, SOFTPLUS, LIMIT)
+        a = w * tl.load(rate + h, mask=mask_h, other=0.0)[None, :]
+        if ALPHA:
+            a += tl.load(log_alpha + h, mask=mask_h, other=0.0)[None, :]
+        if WEIGHT:
+            w = w * tl.load(weight + h, mask=mask_h, other=0.0)[None, :]
+    s = tl.cumsum(tl.where(known, a, 0.0), 0) * LOG2_E
+    place = (batch * H + h[None, :]) * T + t[:, None]
+    tl.store(sums + place, s, mask=known)
+    tl.store(inserts + place, w, mask=known)
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "n_slots"])
+def decay_sums_backward_kernel(
+    dt, bias, rate, weight, slots, dsums, dinserts, ddt, dinsert, partial,
+    stride_dt_b, stride_dt_t, stride_dt_h,
+    low, high, T, chunks, n_slots, H,
+    Q: tl.constexpr, BLOCK_H: tl.constexpr, RAW: tl.constexpr, SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr,
+    BIAS: tl.constexpr, WEIGHT: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """ddt (B, T, H) and, per chunk, what the per-head numbers gather: partial (slots, 4, H) for rate,
+    log_alpha,
+    weight, bias. dsums: gradient of the chunk sums in natural units; RAW: ddt and dinsert are theirs
+    directly."""
+    slot, block = tl.program_id(0) // tl.cdiv(H, BLOCK_H), tl.program_id(0) % tl.cdiv(H, BLOCK_H)
+    batch, start, end = chunk_of(slot, slots, T, 0, chunks, n_slots, Q, VARLEN)
+    t, h = start + tl.arange(0, Q), block * BLOCK_H + tl.arange(0, BLOCK_H)
+    known, mask_h = (t < end)[:, None] & (h < H)[None, :], h < H
+    place = (batch * H + h[None, :]) * T + t[:, None]
+    ds = tl.load(dsums + place, mask=known, other=0.0)
+    dw = tl.load(dinserts + place, mask=known, other=0.0)
+    da = tl.cumsum(ds, 0, reverse=True)
+    out = (batch * T + t[:, None]) * H + h[None, :]
+    if RAW:
+        tl.store(ddt + out, da, mask=known)
+        tl.store(dinsert + out, dw, mask=known)
+    else:
+        v = tl.load(
+            dt + batch * stride_dt_b + t[:, None] * stride_dt_t + h[None, :] * stride_dt_h,
+            mask=known,
+            other=0.0,
+        ).to(tl.float32)
+        b = tl.zeros((BLOCK_H,), tl.float32)
+        if BIAS:
+            b = tl.load(bias + h, mask=mask_h, other=0.0).to(tl.float32)
+        base, slope = _base(v, b, low, high, SOFTPLUS, LIMIT)
+        dbase = da * tl.load(rate + h, mask=mask_h, other=0.0)[None, :]
+        if WEIGHT:
+            dbase += dw * tl.load(weight + h, mask=mask_h, other=0.0)[None, :]
+        else:
+            dbase += dw
+        dv = tl.where(known, dbase * slope, 0.0)
+        tl.store(ddt + out, dv.to(ddt.dtype.element_ty), mask=known)
+        row = partial + slot.to(tl.int64) * 4 * H + h
+        tl.store(row, tl.sum(da * base, 0), mask=mask_h)
+        tl.store(row + H, tl.sum(da, 0), mask=mask_h)
+        tl.store(row + 2 * H, tl.sum(dw * base, 0), mask=mask_h)
+        tl.store(row + 3 * H, tl.sum(dv, 0), mask=mask_h)
