@@ -480,7 +480,7 @@ def _call(
     state_bytes = triton.next_power_of_2(x.shape[3]) * triton.next_power_of_2(B.shape[3]) * x.element_size()
     if state_bytes > LARGEST_STATE and torch.is_grad_enabled():
         raise ValueError(
-            f"headdim={x.shape[3]}, d_state={B.shape[3]}: a state of {state_bytes} bytes in {x.dtype} is more "
+            f"headdim={x.shape[3]}, d_state={B.shape[3]}: a state of {state_bytes} bytes is more "
             f"than the {LARGEST_STATE} of the Triton backward pass: use backend='chunked' or no_grad()"
         )
     low, high = limit or (0.0, LARGEST)
