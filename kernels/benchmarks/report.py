@@ -48,7 +48,19 @@ def table(rows: Sequence[Row]) -> "Table":
     shown = Table(title="operators: medians; ratio = time over ours", show_lines=False)
     for name in ("op", "shape", "who"):
         shown.add_column(name, no_wrap=True)
-    names = ("ms", "±", "ratio", "GB/s", "TFLOP/s", "of limit", "temp MiB", "launches", "first s", "error")
+    names = (
+        "ms",
+        "±",
+        "host",
+        "ratio",
+        "GB/s",
+        "TFLOP/s",
+        "of limit",
+        "temp MiB",
+        "launches",
+        "first s",
+        "error",
+    )
     for name in names:
         shown.add_column(name, justify="right")
     previous = None
@@ -60,7 +72,12 @@ def table(rows: Sequence[Row]) -> "Table":
         if row["ms"] is None:
             shown.add_row(*what, "failed", *[""] * (len(names) - 2), row["error"][:60])
             continue
-        cells = [f"{row['ms']:.4f}", f"{row['spread_ms']:.4f}", _number(row["ratio"], ".2f")]
+        cells = [
+            f"{row['ms']:.4f}",
+            f"{row['spread_ms']:.4f}",
+            f"{row['host_ms']:.3f}",
+            _number(row["ratio"], ".2f"),
+        ]
         cells += [f"{row['gb_per_s']:.0f}", f"{row['tflop_per_s']:.0f}", f"{row['share_of_limit']:.0%}"]
         cells += [
             f"{row['temporaries_mib']:.0f}",

@@ -1,6 +1,8 @@
 """Time, temporaries and launches of one call on a GPU.
 
-Calls take turns over enough sets of inputs that none is in the L2 cache when its turn comes.
+Calls take turns over enough sets of inputs that none is in the L2 cache when its turn comes. Before each the
+device is kept waiting while the host launches: times are the device's, however busy the host; the host's own
+is reported beside them.
 """
 
 import itertools
@@ -17,16 +19,19 @@ from kernels.benchmarks.costs import Machine
 
 FEWEST, MOST = 10, 200  # timed calls
 MOST_SETS = 256
+CYCLES = 2.5e9  # a second of waiting on the device, and some more
 Call = Callable[[Any], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """ms: median of one call. spread_ms: between its quartiles. temporaries_mib: peak memory less inputs,
-    outputs and gradients. launches: kernels, copies and fills on the device; None if the profiler fails."""
+    """ms: median of one call on the device. spread_ms: between its quartiles. host_ms: what the host takes to
+    launch it; above `ms`, a program that does nothing else waits for the host. temporaries_mib: peak memory
+    less inputs, outputs and gradients. launches: kernels, copies and fills; None if the profiler fails."""
 
     ms: float
     spread_ms: float
+    host_ms: float
     temporaries_mib: float
     launches: int | None
 
@@ -51,9 +56,10 @@ def sets_needed(set_bytes: int) -> int:
 def measure(call: Call, sets: Sequence[Any], graph: bool, seconds: float) -> Measurement:
     """Measure `call(inputs)` for about `seconds`; graph: inside a CUDA graph, launches excluded."""
     temporaries, launches = _temporaries(call, sets[0]), _launches(call, sets[0])
+    host_ms = 1e3 * _host_seconds(call, sets[0])
     times = graph_times(call, sets, seconds) if graph else event_times(call, sets, seconds)
     quartiles = statistics.quantiles(times, n=4)
-    return Measurement(quartiles[1], quartiles[2] - quartiles[0], temporaries, launches)
+    return Measurement(quartiles[1], quartiles[2] - quartiles[0], host_ms, temporaries, launches)
 
 
 def first_call(call: Call, inputs: Any) -> float:
@@ -67,12 +73,13 @@ def first_call(call: Call, inputs: Any) -> float:
 
 def event_times(call: Callable[[Any], Any], sets: Sequence[Any], seconds: float) -> list[float]:
     """Milliseconds of each of many calls, each between two events."""
-    turns = itertools.cycle(sets)
+    turns, wait = itertools.cycle(sets), int(CYCLES * _host_seconds(call, sets[0]))
 
     def timed(count: int) -> list[float]:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         for before, after in events:
             inputs = next(turns)
+            torch.cuda._sleep(wait)
             before.record()
             call(inputs)
             after.record()
@@ -81,6 +88,18 @@ def event_times(call: Callable[[Any], Any], sets: Sequence[Any], seconds: float)
 
     timed(2)  # clocks, allocator
     return timed(_repeats(statistics.median(timed(3)), seconds))
+
+
+def _host_seconds(call: Callable[[Any], Any], inputs: Any) -> float:
+    """Until a call returns, its work on the device not waited for."""
+
+    def once() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call(inputs)
+        return time.perf_counter() - start
+
+    return statistics.median(once() for _ in range(5))
 
 
 def graph_times(call: Callable[[Any], Any], sets: Sequence[Any], seconds: float) -> list[float]:

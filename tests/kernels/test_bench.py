@@ -134,7 +134,13 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def row(system: str, ms: float | None, **more: Any) -> dict[str, Any]:
-    values = {"spread_ms": 0.01, "share_of_limit": 0.3, "gb_per_s": 1200.0, "tflop_per_s": 200.0}
+    values = {
+        "spread_ms": 0.01,
+        "host_ms": 0.1,
+        "share_of_limit": 0.3,
+        "gb_per_s": 1200.0,
+        "tflop_per_s": 200.0,
+    }
     values |= {"temporaries_mib": 3.0, "launches": 4, "first_call_s": 1.5, "ratio": 2.0, "error": ""}
     values |= {"op": "scan", "shape": "B8 T4096 H32 P64 N128", "layout": "sliced", "variant": ""}
     return values | {"system": system, "ms": ms, "limit_ms": 0.07, "oracle_error": 1e-3} | more
