@@ -40,8 +40,8 @@ class Schedule(NamedTuple):
 def tile(size: int, element: int) -> int:
     """Smallest tile that holds `size`.
 
-    fp32 tiles of 16 gave illegal shared addresses and wrong results on an H200 with Triton 3.6, and are right in the
-    interpreter; tiles of 32 are right there. The cause was not found.
+    fp32 tiles of 16 gave illegal shared addresses and wrong results on an H200 with Triton 3.6, and are right
+    in the interpreter; tiles of 32 are right there. The cause was not found.
     """
     return max(32 if element == 4 else 16, triton.next_power_of_2(size))
 
