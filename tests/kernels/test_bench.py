@@ -232,6 +232,7 @@ def test_every_leaf_of_the_layer_gets_a_gradient() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_short_run_on_the_gpu(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     rows = run_bench(path, "suite=ops", "shapes=[B2 T512 H8]", "seconds=0.02")
