@@ -34,8 +34,3 @@ def softplus(v):
 def on_device(t: Tensor) -> AbstractContextManager[None]:
     """Launch on the device that holds t, whatever the current one is."""
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
-
-
-def runs_triton(t: Tensor) -> bool:
-    """Whether Triton kernels can run on the device of t."""
-    return t.is_cuda or INTERPRET

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from kernels.cache import cache_directory
+
 MOST_CONFIGS = 3
 _forced: dict[str, int] = {}
 _recorders: list[dict[str, tuple["Config", ...]]] = []
@@ -81,12 +83,9 @@ def recorded() -> Iterator[dict[str, tuple[Config, ...]]]:
 
 
 def cache_path() -> Path:
-    """Where this GPU's choices are kept: LONGSTATE_CACHE, else the user's cache directory."""
-    root = os.environ.get("LONGSTATE_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "longstate"
-    )
+    """Where this GPU's choices are kept."""
     device = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
-    return Path(root).expanduser() / f"tuning-{device}.json"
+    return cache_directory() / f"tuning-{device}.json"
 
 
 @functools.cache

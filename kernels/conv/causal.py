@@ -5,7 +5,6 @@ cache, so that its many cheap passes do not go to memory. The convolution is rec
 only the input is kept. On the CPU, with a C compiler, the passes are compiled ones (`kernels.native`).
 """
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.arguments import sequences
 from kernels.native import conv as native
 
 # Elements of one block: 1 MiB in fp32, measured best of 2^15 to 2^22.
@@ -86,12 +86,7 @@ def _check_packing(x: Tensor, cu_seqlens: Tensor) -> int:
     if len(x) != 1:
         raise ValueError(f"x has {len(x)} rows: cu_seqlens packs sequences into one row")
     if not cu_seqlens.is_cuda:
-        borders = cu_seqlens.tolist()
-        increasing = all(start < stop for start, stop in itertools.pairwise(borders))
-        if borders[0] != 0 or borders[-1] != x.shape[1] or not increasing:
-            raise ValueError(
-                f"cu_seqlens={borders}: expected borders that increase from 0 to T = {x.shape[1]}"
-            )
+        sequences(cu_seqlens, x.shape[1])
     return len(cu_seqlens) - 1
 
 
@@ -114,7 +109,7 @@ def _packed(
             document_starts=None if document_starts is None else document_starts[:, start:stop],
             activation=activation,
         )
-        for row, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist()))
+        for row, (start, stop) in enumerate(sequences(cu_seqlens, x.shape[1]))
     ]
     outputs, states = zip(*pieces, strict=True)
     return torch.cat(outputs, dim=1), torch.cat(states)

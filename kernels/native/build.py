@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.cache import cache_directory
+
 SOURCES = ("native.h", "parallel.c", "conv.c", "norm.c", "scan.c")
 # No -ffast-math: it would let sums be reordered where their order matters, and switch the whole process to
 # flushing denormal numbers when the library is loaded. Sums that may be reordered say so in the source.
@@ -99,7 +101,7 @@ def compiled() -> Path:
     digest = hashlib.sha256()
     for part in (*[(folder / name).read_bytes() for name in SOURCES], *map(str.encode, (*FLAGS, _cpu()))):
         digest.update(part + b"\0")
-    path = _cache() / f"native-{digest.hexdigest()[:16]}.so"
+    path = cache_directory() / f"native-{digest.hexdigest()[:16]}.so"
     if not path.is_file():
         compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
         if compiler is None:
@@ -126,14 +128,6 @@ def _run(command: list[str]) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
         raise RuntimeError(f"{command[0]} failed: {lines[0] if lines else done.returncode}")
-
-
-def _cache() -> Path:
-    """LONGSTATE_CACHE, else the user's cache directory."""
-    root = os.environ.get("LONGSTATE_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "longstate"
-    )
-    return Path(root).expanduser()
 
 
 def cpu_features() -> frozenset[str]:

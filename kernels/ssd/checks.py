@@ -1,12 +1,11 @@
 """Checks of the scan's arguments: shapes, dtypes and devices always, values on request."""
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.arguments import require_device, require_shape, sequences
 from kernels.ssd.mitigation import Mitigation
 from kernels.ssd.window import Window
 
@@ -56,8 +55,7 @@ def check_arguments(
     _check_dtypes(tensors, backend)
     _check_shapes(tensors, mitigation.window)
     for name, tensor in tensors.items():
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move it")
+        require_device(name, tensor, x)
     if dt_limit is not None and not 0 <= dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit={dt_limit}: must be (low, high) with 0 <= low <= high")
     if states_every is not None and states_every < 1:
@@ -114,9 +112,8 @@ def _check_shapes(tensors: dict[str, Tensor], window: int | None) -> None:
     }
     for name, tensor in tensors.items():
         shapes = ((heads,), ()) if name.startswith("mitigation.") else expected.get(name)
-        if shapes is not None and tuple(tensor.shape) not in shapes:
-            wanted = " or ".join(map(str, shapes))
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {wanted}")
+        if shapes is not None:
+            require_shape(name, tensor, shapes)
 
 
 def check_values(tensors: dict[str, Tensor], dt_softplus: bool) -> None:
@@ -133,14 +130,3 @@ def check_values(tensors: dict[str, Tensor], dt_softplus: bool) -> None:
         raise ValueError(f"position holds {tensors['position'].min()}: expected token counts, >= 0")
     if "cu_seqlens" in tensors:
         sequences(tensors["cu_seqlens"], tensors["x"].shape[1])
-
-
-def sequences(cu_seqlens: Tensor, length: int) -> Iterator[tuple[int, int]]:
-    """First token and end of each packed sequence, on the host."""
-    borders = cu_seqlens.tolist()
-    increasing = all(start < stop for start, stop in itertools.pairwise(borders))
-    if borders[0] != 0 or borders[-1] != length or not increasing:
-        raise ValueError(
-            f"cu_seqlens={borders}: expected sequence borders that increase from 0 to T = {length}"
-        )
-    return itertools.pairwise(borders)

@@ -37,10 +37,11 @@ def discretize(
 
 
 def per_head_factors(A: Tensor, mitigation: Mitigation) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(rate, log_alpha, weight), (H,) fp32, of `log_decay = log_alpha + rate * base`, `insert = weight *
-    base`
-    with `base` the clamped softplus of dt: what a kernel that discretises by itself needs. None for 0 and
-    1."""
+    """(rate, log_alpha, weight), (H,) fp32: what a kernel that discretises by itself needs.
+
+    log_decay = log_alpha + rate * base and insert = weight * base, with `base` the clamped softplus of dt.
+    None for a log_alpha of 0 and a weight of 1.
+    """
     m, A = mitigation, A.float()
     weight = _times(_times(torch.ones_like(A), m.delta_scale), m.insert_scale)
     unscaled = all(isinstance(f, float) and f == 1.0 for f in (m.delta_scale, m.insert_scale))

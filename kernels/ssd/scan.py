@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kernels.ssd.checks import check_arguments, check_values, named_tensors, sequences
+from kernels.arguments import sequences
+from kernels.ssd.checks import check_arguments, check_values, named_tensors
 from kernels.ssd.chunked import chunked_scan
 from kernels.ssd.core import Core, Tokens, span_of
 from kernels.ssd.discretize import discretize, per_head_factors

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels.arguments import require_device, require_shape
 from kernels.ssd.discretize import discretize
 from kernels.ssd.mitigation import FACTORS, NONE, Mitigation
 
@@ -118,10 +119,8 @@ def _check(tensors: dict[str, Tensor | None], mitigation: Mitigation) -> None:
     expected |= {"D": ((heads,), (heads, headdim)), "active": ((batch,),)}
     for name, tensor in tensors.items():
         shapes = expected.get(name, (tuple(state.shape) if name == "state" else (heads,),))
-        if tensor is not None and tuple(tensor.shape) not in shapes:
-            wanted = " or ".join(map(str, shapes))
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {wanted}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move it")
+        if tensor is not None:
+            require_shape(name, tensor, shapes)
+            require_device(name, tensor, x)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"x is {x.dtype}: expected float32, bfloat16 or float16")

@@ -24,12 +24,10 @@ def chunk_gradient_kernel(
     x, B, C, dy, sums, inserts, D, documents, slots, states, dstates,
     dx, dsums, dinserts, dD, dscores,
     stride_x_b, stride_x_t, stride_x_h, stride_B_b, stride_B_t, stride_B_g, stride_C_b, stride_C_t,
-    stride_C_g,
-    stride_dy_b, stride_dy_t, stride_dy_h,
+    stride_C_g, stride_dy_b, stride_dy_t, stride_dy_h,
     T, first, chunks, n_slots, H, P, N, G, heads_per_group, splits,
-    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, D_KIND: tl.constexpr, DOCUMENTS:
-    tl.constexpr,
-    VARLEN: tl.constexpr, EVEN: tl.constexpr,
+    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, D_KIND: tl.constexpr,
+    DOCUMENTS: tl.constexpr, VARLEN: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One chunk, 1 / splits of the heads of one group.
 
@@ -127,9 +125,8 @@ def group_gradient_kernel(
     u, V, sums, inserts, documents, slots, states, dscores, out,
     stride_u_b, stride_u_t, stride_u_h, stride_V_b, stride_V_t, stride_V_g,
     T, first, chunks, n_slots, H, P, N, G, heads_per_group, splits,
-    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, OF_C: tl.constexpr, DOCUMENTS:
-    tl.constexpr,
-    VARLEN: tl.constexpr, EVEN: tl.constexpr,
+    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, OF_C: tl.constexpr, 
+    DOCUMENTS: tl.constexpr, VARLEN: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """dB or, if OF_C, dC (B, T, G, N) of one chunk and group, BLOCK_N of its columns.
 

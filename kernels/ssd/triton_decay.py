@@ -5,31 +5,33 @@
 
 with `rate`, `log_alpha` and `weight` one number a head: A and the factors of a mitigation, multiplied out
 by the caller. Sums run within chunks of Q tokens from each row's first token, in base 2, and are laid out
-(B, H, T) so that a chunk of one head is contiguous. `triton_raw_sums` does the same for decays and weights
-that are given.
+(B, H, T) so that a chunk of one head is contiguous. RAW takes log decays and weights that are given.
 """
 
 import triton
 import triton.language as tl
 
 from kernels.ssd.triton_rows import chunk_of
+from kernels.triton_support import softplus
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def softplus(v):
-    """log(1 + e^v), exact to fp32 everywhere: for small e^v the logarithm's series, as log(1 + e) rounds e
-    away."""
-    e = tl.exp(-tl.abs(v))
-    log1p = tl.where(e < 1e-3, e * (1.0 - e * (0.5 - e * 0.33333334)), tl.log(1.0 + e))
-    return tl.maximum(v, 0.0) + log1p
+def _tile(base, batch, t, h, stride_b, stride_t, stride_h, known):
+    """(Q, H) fp32 of a (B, T, H) tensor; zero where not known."""
+    place = base + batch * stride_b + t[:, None] * stride_t + h[None, :] * stride_h
+    return tl.load(place, mask=known, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _base(dt, bias, low, high, SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr):
-    """base (Q, H) of dt (Q, H) and bias (H,), and its derivative by dt."""
-    v = dt + bias[None, :]
+def _base(
+    dt, bias, h, mask_h, low, high, SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr, BIAS: tl.constexpr
+):  # fmt: skip
+    """base (Q, H) of dt (Q, H), and its derivative by dt."""
+    v = dt
+    if BIAS:
+        v = dt + tl.load(bias + h, mask=mask_h, other=0.0).to(tl.float32)[None, :]
     base, slope = v, tl.full(v.shape, 1.0, tl.float32)
     if SOFTPLUS:
         base, slope = softplus(v), tl.sigmoid(v)
@@ -54,21 +56,12 @@ def decay_sums_kernel(
         return
     t, h = start + tl.arange(0, Q), block * BLOCK_H + tl.arange(0, BLOCK_H)
     known, mask_h = (t < end)[:, None] & (h < H)[None, :], h < H
-    v = tl.load(
-        dt + batch * stride_dt_b + t[:, None] * stride_dt_t + h[None, :] * stride_dt_h, mask=known, other=0.0
-    ).to(tl.float32)
+    v = _tile(dt, batch, t, h, stride_dt_b, stride_dt_t, stride_dt_h, known)
     if RAW:
         a = v
-        w = tl.load(
-            insert + batch * stride_in_b + t[:, None] * stride_in_t + h[None, :] * stride_in_h,
-            mask=known,
-            other=0.0,
-        ).to(tl.float32)
+        w = _tile(insert, batch, t, h, stride_in_b, stride_in_t, stride_in_h, known)
     else:
-        b = tl.zeros((BLOCK_H,), tl.float32)
-        if BIAS:
-            b = tl.load(bias + h, mask=mask_h, other=0.0).to(tl.float32)
-        w, _ = _base(v, b, low, high, SOFTPLUS, LIMIT)
+        w, _ = _base(v, bias, h, mask_h, low, high, SOFTPLUS, LIMIT, BIAS)
         a = w * tl.load(rate + h, mask=mask_h, other=0.0)[None, :]
         if ALPHA:
             a += tl.load(log_alpha + h, mask=mask_h, other=0.0)[None, :]
@@ -89,9 +82,9 @@ def decay_sums_backward_kernel(
     BIAS: tl.constexpr, WEIGHT: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """ddt (B, T, H) and, per chunk, what the per-head numbers gather: partial (slots, 4, H) for rate,
-    log_alpha,
-    weight, bias. dsums: gradient of the chunk sums in natural units; RAW: ddt and dinsert are theirs
-    directly."""
+    log_alpha, weight, bias. dsums: gradient of the chunk sums in natural units; RAW: ddt and dinsert are
+    theirs directly.
+    """
     slot, block = tl.program_id(0) // tl.cdiv(H, BLOCK_H), tl.program_id(0) % tl.cdiv(H, BLOCK_H)
     batch, start, end = chunk_of(slot, slots, T, 0, chunks, n_slots, Q, VARLEN)
     t, h = start + tl.arange(0, Q), block * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -105,15 +98,8 @@ def decay_sums_backward_kernel(
         tl.store(ddt + out, da, mask=known)
         tl.store(dinsert + out, dw, mask=known)
     else:
-        v = tl.load(
-            dt + batch * stride_dt_b + t[:, None] * stride_dt_t + h[None, :] * stride_dt_h,
-            mask=known,
-            other=0.0,
-        ).to(tl.float32)
-        b = tl.zeros((BLOCK_H,), tl.float32)
-        if BIAS:
-            b = tl.load(bias + h, mask=mask_h, other=0.0).to(tl.float32)
-        base, slope = _base(v, b, low, high, SOFTPLUS, LIMIT)
+        v = _tile(dt, batch, t, h, stride_dt_b, stride_dt_t, stride_dt_h, known)
+        base, slope = _base(v, bias, h, mask_h, low, high, SOFTPLUS, LIMIT, BIAS)
         dbase = da * tl.load(rate + h, mask=mask_h, other=0.0)[None, :]
         if WEIGHT:
             dbase += dw * tl.load(weight + h, mask=mask_h, other=0.0)[None, :]

@@ -50,8 +50,7 @@ def store_state(base, state, p, n, P, N, when, EVEN: tl.constexpr):
 def scan_forward_kernel(
     x, B, C, sums, inserts, D, documents, initial, borders, cu_seqlens, y, final,
     stride_x_b, stride_x_t, stride_x_h, stride_B_b, stride_B_t, stride_B_g, stride_C_b, stride_C_t,
-    stride_C_g,
-    T, segments, only_segment, segment_chunks, H, P, N, heads_per_group,
+    stride_C_g, T, segments, only_segment, segment_chunks, H, P, N, heads_per_group,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, D_KIND: tl.constexpr, DOCUMENTS:
     tl.constexpr,
     INITIAL: tl.constexpr, BORDERS: tl.constexpr, PARALLEL: tl.constexpr, VARLEN: tl.constexpr, EVEN:

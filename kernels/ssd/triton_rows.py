@@ -2,8 +2,7 @@
 """Which tokens a program works on: rows of a batch, or sequences packed in one row (`cu_seqlens`).
 
 A row is cut into chunks of Q tokens from its own first token. A slot is one chunk in a buffer of chunk
-states:
-row by row, for regular rows those of the chunks [first, first + chunks) of every row.
+states: row by row, for regular rows those of the chunks [first, first + chunks) of every row.
 """
 
 from typing import NamedTuple
@@ -19,9 +18,7 @@ class Packing(NamedTuple):
 
     cu_seqlens: Tensor  # (S + 1,) int64
     first_slot: Tensor  # (S + 1,) int64: the slot of each sequence's first chunk
-    slots: (
-        Tensor  # (2, T // Q + S) int64: first token of a slot's chunk, end of its sequence; equal if unused
-    )
+    slots: Tensor  # (2, T // Q + S) int64: a slot's first token, its sequence's end; equal if unused
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, length: int, chunk: int) -> "Packing":
@@ -56,6 +53,5 @@ def chunk_of(slot, slots, T, first, chunks, n_slots, Q: tl.constexpr, VARLEN: tl
 
 @triton.jit
 def document_before(documents, row_start, t):
-    """Documents begun before token t of a row that starts at token `row_start` (its offset in
-    `documents`)."""
+    """Documents begun before token t of a row that starts at `row_start` in `documents`."""
     return tl.load(documents + row_start + t - 1, mask=t > 0, other=0)

@@ -9,21 +9,18 @@ import triton
 from kernels.triton_support import INTERPRET
 from kernels.tuning import Config
 
-# Chunk states and their gradients that one slab of the backward pass holds: at most this much, or an eighth
-# of all.
+# Chunk states and their gradients that one slab of the backward pass holds: at most this or an eighth of all.
 SLAB_BYTES = 128 * 2**20
 STATE_ELEMENTS = 16384  # fp32 numbers of state in one program: 64 registers a thread with 8 warps
-
-
 # Bytes of one head's state that the gradient kernel can hold twice beside its other tiles.
 LARGEST_STATE = 96 * 2**10
 
 
 class Schedule(NamedTuple):
     """chunk: tokens a chunk. block_p: channels a program. Segments of `segment_chunks` cut a row; they run
-    side by
-    side if `parallel`, else one after another. The backward pass takes slabs of `slab_chunks`, whole
-    segments."""
+    side by side if `parallel`, else one after another. The backward pass takes slabs of `slab_chunks`, whole
+    segments.
+    """
 
     chunk: int
     block_p: int
@@ -57,15 +54,13 @@ def schedule(
     segments: int = 0,
 ) -> Schedule:
     """The rule: rows x heads programs walk whole rows if they fill the processors, otherwise rows are cut
-    into as
-    many segments as two programs a processor can hold, of at least 8 chunks each.
+    into as many segments as two programs a processor can hold, of at least 8 chunks each.
 
     element: bytes of one input element. segments: 0 for the rule; 1 for whole rows; more to force them.
     """
     row_bytes = d_state * element
-    chunk = (
-        64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    )  # B, C and gradients of a chunk fit a program
+    # B, C and gradients of a chunk fit a program
+    chunk = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
     block_n, block_p = (tile(d, element) for d in (d_state, headdim))
     while block_n * block_p > STATE_ELEMENTS and block_p > 16:
         block_p //= 2
@@ -106,8 +101,7 @@ def forward_configs(headdim: int, d_state: int, element: int) -> tuple[Config, .
 
 
 def states_configs(headdim: int, d_state: int, element: int) -> tuple[Config, ...]:
-    """Launch settings of the states kernel, the default first; BLOCK_N splits a head's state over
-    programs."""
+    """Launch settings of the states kernel, the default first; BLOCK_N splits a head's state."""
     block_n = tile(d_state, element)
     sizes = sorted({min(block_n, size) for size in (32, 64)}, reverse=True)
     stages = 2 if element == 4 else 3

@@ -4,8 +4,7 @@
     forwards    S <- k S + sum_r (o_r w_r x_r) B_r^T      the state that enters each chunk
     backwards   R <- k R + sum_q (f_q dy_q) C_q^T         the gradient of the state that leaves each chunk
 
-Both are one recurrence over chunks: two token-major matrices, one weight a token. See README.md for the
-letters.
+Both are one recurrence over chunks: two token-major matrices, one weight a token; letters as in README.md.
 """
 
 import triton
@@ -28,13 +27,12 @@ def states_kernel(
     """One head, BLOCK_N of its state, one segment of one row, within the chunks [first, first + chunks).
 
     u (B, T, H, P) and V (B, T, G, N): x and B forwards, dy and C backwards.
-    BORDERS, the state before the first chunk that is walked, fp32: 0 zero, 1 borders (rows, total_segments,
-    H, P, N),
-    2 borders (rows, H, P, N).
+    BORDERS, the state before the first chunk that is walked, fp32: 0 zero,
+    1 borders (rows, total_segments, H, P, N), 2 borders (rows, H, P, N).
     STORE: states (slots, H, N, P), before each chunk.
     ENDS, the state after the last chunk that is walked: 1 ends (rows, total_segments, H, P, N) and what the
-    segment
-    keeps of a state, keeps (rows, total_segments, H); 2 ends (rows, H, P, N), of the first segment in time.
+    segment keeps of a state, keeps (rows, total_segments, H); 2 ends (rows, H, P, N), of the first segment
+    in time.
     """
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(N, BLOCK_N)
