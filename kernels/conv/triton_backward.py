@@ -74,6 +74,7 @@ def conv_backward_kernel(
     dx_row = dx + ((batch * T + start) * C)[:, None] + c[None, :]
     states = (row * (W - 1) * C)[:, None] + c[None, :]
     left = end - start  # tokens to the end of the row
+    live = (segment < n_segments) & (row >= 0)  # others fill up the grid: they have no row, nor its states
 
     zero = tl.zeros((ROWS, BLOCK_C), tl.float32)
     b = tl.zeros((BLOCK_C,), tl.float32)
@@ -122,7 +123,7 @@ def conv_backward_kernel(
             sums = added
             oldest = pending[0]
             if DTAIL:
-                oldest += _of_tail(dtail, states, i - left, age, C, cols, W, STARTS)
+                oldest += _of_tail(dtail, states, i - left, live, age, C, cols, W, STARTS)
             window, pending = window[1:], pending[1:]
             place = i - (W - 1)
             tl.store(
@@ -146,7 +147,7 @@ def conv_backward_kernel(
         window, pending, age, d, read = step(window, pending, age, v, g, begins, taps, b, STARTS, ACTIVATION)
         oldest = pending[0]
         if DTAIL:
-            oldest += _of_tail(dtail, states, i - left, age, C, cols, W, STARTS)
+            oldest += _of_tail(dtail, states, i - left, live, age, C, cols, W, STARTS)
         window, pending = window[1:], pending[1:]
         place = i - (W - 1)
         tl.store(dx_row + place * C, oldest.to(dx.dtype.element_ty), mask=(place < left)[:, None] & cols)
@@ -158,12 +159,13 @@ def conv_backward_kernel(
 
 
 @triton.jit
-def _of_tail(dtail, states, past, age, C, cols, W: tl.constexpr, STARTS: tl.constexpr):
+def _of_tail(dtail, states, past, live, age, C, cols, W: tl.constexpr, STARTS: tl.constexpr):
     """Gradient of the final state's entry that copied the input W - 1 tokens back.
 
-    past: tokens past the row's end. No document begins there, so age tells whether one did after that input.
+    past: tokens past the row's end; no document begins there, so age tells whether one did after that input.
+    live: there is a row.
     """
-    copied = (past >= 0) & (past < W - 1)
+    copied = live & (past >= 0) & (past < W - 1)
     if STARTS:
         copied = copied & (age >= W - 1)
     return tl.load(dtail + states + (past * C)[:, None], mask=copied[:, None] & cols, other=0.0).to(

@@ -206,6 +206,24 @@ def test_operator_is_well_formed() -> None:
     torch.library.opcheck(torch.ops.longstate.causal_conv1d_backward.default, (y, tail, *case))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_nothing_outside_the_final_states_gradient_is_read(packed: bool) -> None:
+    """Around it lie signalling NaNs, which the interpreter's arithmetic warns of, an error in tests."""
+    x, weight = torch.randn(1 if packed else 3, 5, 6, device=DEVICE), torch.randn(6, 4, device=DEVICE)
+    borders = torch.tensor([0, 2, 2, 5], device=DEVICE) if packed else None
+    before, guard = torch.randn(3, 3, 6, device=DEVICE), 256
+    around = torch.full((2 * guard + before.numel(),), 0x7F800001, dtype=torch.int32, device=DEVICE)
+    dtail = around.view(torch.float32)[guard:-guard].view_as(before).copy_(torch.randn_like(before))
+    arguments = (x, before, weight, None, None, borders, True)
+    guarded, alone = (
+        torch.ops.longstate.causal_conv1d_backward(torch.ones_like(x), t, *arguments)
+        for t in (dtail, dtail.clone())
+    )
+    for a, e in zip(guarded, alone, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0)
+        assert a.isfinite().all()
+
+
 def test_compiles_without_graph_breaks() -> None:
     leaves, starts = make(2, 5), starts_of(2, 5, 0.3)
 
