@@ -126,13 +126,14 @@ def _one_line(error: OmegaConfBaseException) -> str:
 
 
 def _help(schema: type, prefix: str = "") -> list[str]:
-    lines = []
+    """A line a setting, sections behind the settings beside them."""
+    lines, sections = [], []
     for field in dataclasses.fields(schema):
         name = f"{prefix}{field.name}"
         default = field.default_factory() if callable(field.default_factory) else field.default
         if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
-            lines += ["", f"{name}: {(field.type.__doc__ or '').splitlines()[0]}"]
-            lines += _help(field.type, f"{name}.")
+            sections += ["", f"{name}: {(field.type.__doc__ or '').splitlines()[0]}"]
+            sections += _help(field.type, f"{name}.")
         else:
             lines.append(f"  {name + '=' + str(default):<44} {field.metadata.get('help', '')}")
-    return lines
+    return lines + sections

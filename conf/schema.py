@@ -282,6 +282,44 @@ def changed_settings(mitigation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(kw_only=True)
+class InitialStateConfig:
+    """The state in which training rows begin (lightning_modules/initial_state.py); validation begins at zero."""
+
+    name: Literal["zero", "noise", "fitted_noise", "passed", "carried"] = option(
+        "zero",
+        "zero; noise: N(0, std^2); fitted_noise: N of each head's final states; passed: another row's final "
+        "state of the last batch; carried: the row's own, on consecutive data (truncated BPTT)",
+    )
+    reset_probability: float = option(0.0, "each row of each step begins at zero instead with this probability")
+    std: float | None = option(None, "noise: standard deviation of every element of every state")
+    bptt_segments: int = option(
+        1, "carried: the gradient runs back through so many segments of train_length, the present one included"
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.reset_probability <= 1,
+            "initial_state.reset_probability",
+            self.reset_probability,
+            "must lie in [0, 1]",
+        )
+        require_at_least("initial_state", self, 1, "bptt_segments")
+        require(
+            self.bptt_segments == 1 or self.name == "carried",
+            "initial_state.bptt_segments",
+            self.bptt_segments,
+            "belongs to carried; set initial_state.name=carried or leave it out",
+        )
+        if self.name == "noise":
+            given = self.std is not None and 0 < self.std < math.inf
+            remedy = "noise needs it, positive and finite, e.g. 0.1 (final states' RMS is a good measure)"
+            require(given, "initial_state.std", self.std, remedy)
+        else:
+            remedy = "belongs to noise; set initial_state.name=noise or leave it out"
+            require(self.std is None, "initial_state.std", self.std, remedy)
+
+
+@dataclass(kw_only=True)
 class TrackingConfig:
     """Where MLflow records the run."""
 
@@ -299,11 +337,15 @@ class TrainConfig:
     run_dir: str | None = option(None, "where the run lives; none: runs/<config name>-<hash of the config>")
     seed: int = option(0, "seed of initialisation and data")
     print_config: bool = option(False, "print the resolved config and stop")
+    init_from: str | None = option(
+        None, "start from the weights of this run directory, .ckpt or saved directory; the schedule is new"
+    )
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
     optim: OptimConfig = section(OptimConfig)
     trainer: TrainerConfig = section(TrainerConfig)
     mitigation: MitigationConfig = section(MitigationConfig)
+    initial_state: InitialStateConfig = section(InitialStateConfig)
     tracking: TrackingConfig = section(TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -328,6 +370,25 @@ class TrainConfig:
             self.data.curriculum_steps,
             f"must be below trainer.max_steps={self.trainer.max_steps}",
         )
+        self._check_initial_state(rows=self.data.batch_size // shares)
+
+    def _check_initial_state(self, rows: int) -> None:
+        """rows: of a micro-batch."""
+        name, value = "initial_state.name", self.initial_state.name
+        consecutive = self.data.name == "documents" and self.data.documents.layout == "consecutive"
+        if value == "carried":
+            remedy = "needs rows that go on in the next batch: data.documents.layout=consecutive"
+            if self.data.name != "documents":
+                remedy = f"{self.data.name} prompts do not continue each other: use passed, or documents"
+            require(consecutive, name, value, remedy)
+            steps = self.data.curriculum_steps
+            require(steps == 0, name, value, f"rows end with data.curriculum_steps={steps}: set it to 0")
+        elif value == "passed":
+            remedy = "one consecutive row a micro-batch continues itself: use carried, or more rows"
+            require(not consecutive or rows > 1, name, value, remedy)
+        elif value in ("noise", "fitted_noise"):
+            remedy = "there is no noise of a window of tokens: drop mitigation.name=sliding_window"
+            require(self.mitigation.name != "sliding_window", name, value, remedy)
 
 
 @dataclass(kw_only=True)
@@ -364,19 +425,16 @@ class LossEvalConfig:
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig:
-    """One evaluation of one checkpoint."""
+class MeasureConfig:
+    """What every command that measures one checkpoint takes."""
 
     checkpoint: str = option("", "run directory or checkpoint file")
     run_dir: str | None = option(None, "where results go; none: a new directory under runs/")
     seed: int = option(1, "seed of the prompts")
     print_config: bool = option(False, "print the resolved config and stop")
-    suites: list[str] = option(["passkey", "loss"], "what to measure: passkey, loss")
     segment: int = option(4096, "tokens per forward pass, over all rows: memory grows with it alone")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "device")
     threads: int | None = option(None, "CPU threads; none: all cores")
-    passkey: PasskeyEvalConfig = section(PasskeyEvalConfig)
-    loss: LossEvalConfig = section(LossEvalConfig)
     mitigation: MitigationConfig = section(MitigationConfig)
     tracking: TrackingConfig = section(TrackingConfig)
 
@@ -384,5 +442,17 @@ class EvaluateConfig:
         require(bool(self.checkpoint), "checkpoint", "", "give a run directory or a .ckpt: checkpoint=PATH")
         require_at_least("config", self, 0, "seed")
         require_at_least("config", self, 1, "segment")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(MeasureConfig):
+    """One evaluation of one checkpoint."""
+
+    suites: list[str] = option(["passkey", "loss"], "what to measure: passkey, loss")
+    passkey: PasskeyEvalConfig = section(PasskeyEvalConfig)
+    loss: LossEvalConfig = section(LossEvalConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         known = bool(self.suites) and set(self.suites) <= {"passkey", "loss"}
         require(known, "suites", self.suites, "choose from [passkey, loss]")

@@ -287,9 +287,9 @@ def test_a_users_mistake_is_answered_in_one_line(
         places["SHORT"] = write_run(tmp_path / "short", "data.train_length=64")
     if overrides == ["checkpoint=VOCAB"]:
         places["VOCAB"] = write_run(tmp_path / "vocab", "data.tokenizer=wide", "model.vocab_size=100")
-        from lightning_modules.evaluation import run
+        from lightning_modules import measuring
 
-        monkeypatch.setattr(run, "load_tokenizer", lambda name: type("T", (), {"vocab_size": 101}))
+        monkeypatch.setattr(measuring, "load_tokenizer", lambda name: type("T", (), {"vocab_size": 101}))
     for name, path in places.items():
         overrides = [override.replace(name, str(path)) for override in overrides]
     with pytest.raises(SystemExit) as stop:
