@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.arguments import require_device, require_shape, sequences
+from kernels.ssd.heads import groups_of
 from kernels.ssd.mitigation import Mitigation
 from kernels.ssd.window import Window
 
@@ -46,6 +47,7 @@ def check_arguments(
         raise ValueError(f"B has shape {tuple(B.shape)}: expected (B, T, G, N)")
     if x.shape[2] % B.shape[2]:
         raise ValueError(f"B has {B.shape[2]} groups: must divide the {x.shape[2]} heads of x")
+    require_heads(mitigation, x.shape[2])
     if "cu_seqlens" in tensors:
         shape = tuple(tensors["cu_seqlens"].shape)
         if len(shape) != 1 or shape[0] < 2:
@@ -53,7 +55,7 @@ def check_arguments(
         if len(x) != 1:
             raise ValueError(f"x has {len(x)} rows: cu_seqlens packs sequences into one row")
     _check_dtypes(tensors, backend)
-    _check_shapes(tensors, mitigation.window)
+    _check_shapes(tensors, mitigation)
     for name, tensor in tensors.items():
         require_device(name, tensor, x)
     if dt_limit is not None and not 0 <= dt_limit[0] <= dt_limit[1]:
@@ -62,6 +64,13 @@ def check_arguments(
         raise ValueError(f"states_every={states_every}: must be at least 1")
     if chunk_size < 16 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size={chunk_size}: must be a power of two of at least 16")
+
+
+def require_heads(mitigation: Mitigation, count: int) -> None:
+    """Raise ValueError unless the mitigation's heads are among `count`."""
+    unknown = [head for head in mitigation.heads or () if head >= count]
+    if unknown:
+        raise ValueError(f"mitigation.heads names {unknown}: the heads are 0 to {count - 1}")
 
 
 def _check_dtypes(tensors: dict[str, Tensor], backend: str) -> None:
@@ -77,6 +86,7 @@ def _check_dtypes(tensors: dict[str, Tensor], backend: str) -> None:
         "initial_state.log_decay": states,
         "initial_state.insert": states,
         "initial_state.B": like_x,
+        "initial_state.rest": states,
         "document_starts": (torch.bool,),
         "cu_seqlens": whole,
         "position": whole,
@@ -90,11 +100,11 @@ def _check_dtypes(tensors: dict[str, Tensor], backend: str) -> None:
             raise ValueError(f"{name} has dtype {given}: expected {wanted}{why}")
 
 
-def _check_shapes(tensors: dict[str, Tensor], window: int | None) -> None:
+def _check_shapes(tensors: dict[str, Tensor], mitigation: Mitigation) -> None:
     batch, length, heads, headdim = tensors["x"].shape
     groups, d_state = tensors["B"].shape[2:]
     rows = len(tensors["cu_seqlens"]) - 1 if "cu_seqlens" in tensors else batch
-    past = (window or 1) - 1
+    past, chosen = (mitigation.window or 1) - 1, mitigation.heads or tuple(range(heads))
     expected: dict[str, tuple[tuple[int, ...], ...]] = {
         "dt": ((batch, length, heads),),
         "A": ((heads,),),
@@ -103,10 +113,11 @@ def _check_shapes(tensors: dict[str, Tensor], window: int | None) -> None:
         "D": ((heads,), (heads, headdim)),
         "dt_bias": ((heads,),),
         "initial_state": ((rows, heads, headdim, d_state),),
-        "initial_state.x": ((rows, past, heads, headdim),),
-        "initial_state.log_decay": ((rows, past, heads),),
-        "initial_state.insert": ((rows, past, heads),),
-        "initial_state.B": ((rows, past, groups, d_state),),
+        "initial_state.x": ((rows, past, len(chosen), headdim),),
+        "initial_state.log_decay": ((rows, past, len(chosen)),),
+        "initial_state.insert": ((rows, past, len(chosen)),),
+        "initial_state.B": ((rows, past, len(groups_of(chosen, heads, groups)), d_state),),
+        "initial_state.rest": ((rows, heads - len(chosen), headdim, d_state),),
         "document_starts": ((batch, length),),
         "position": ((rows,),),
     }

@@ -29,6 +29,9 @@ def discretize(
         dt = dt.clamp(*dt_limit)
     m = mitigation
     dt = _times(dt, m.delta_scale)
+    if m.threshold is not None:
+        threshold = m.threshold.to(dt) if isinstance(m.threshold, Tensor) else m.threshold
+        dt = torch.where(dt < threshold, 0.0, dt)
     log_decay = dt * _times(A, m.decay_scale)
     log_alpha = _log_alpha(A, m)
     if log_alpha is not None:

@@ -1,9 +1,9 @@
-"""Training-free changes of the recurrence.
+"""Training-free changes of the recurrence, as the scan takes them.
 
-Factors, pointwise in the token (`discretize.py`), so they cost nothing beside the scan:
+Pointwise, inside the discretisation (`discretize.py`), so they cost nothing beside the scan:
 
     h_t = alpha_scale * exp(dt'_t * decay_scale * A) * h_{t-1} + insert_scale * dt'_t * x_t B_t^T
-    dt'_t = delta_scale * clamp(softplus(dt_t + dt_bias), dt_limit)
+    dt'_t = delta_scale * clamp(softplus(dt_t + dt_bias), dt_limit), or 0 where that is below `threshold`
 
 Operators, composed from scans (`operators.py`, `window.py`): state_norm, sliding_window, hard_reset.
 `D x_t` is never scaled.
@@ -24,6 +24,7 @@ SETTINGS = {
     "state_norm": ("max_norm", "every"),
     "sliding_window": ("window",),
     "hard_reset": ("every",),
+    "token_filter": ("threshold",),
 }
 FACTORS = ("alpha_scale", "insert_scale", "delta_scale", "decay_scale")
 
@@ -32,23 +33,42 @@ FACTORS = ("alpha_scale", "insert_scale", "delta_scale", "decay_scale")
 class Mitigation:
     """One mitigation: a name and its settings. Any other name labels a combination of factors.
 
-    Factors and `max_norm` are floats, or tensors (H,) with one value per head. Tokens are counted from the
-    start of the row or document.
+    Factors, `max_norm` and `threshold` are floats, or tensors (H,) with one value per head. heads: those that
+    it applies to, counted from 0; None for all. Tokens are counted from the start of the row or document.
+    Below, alpha_t = exp(dt_t A) is the retention and w_t = dt_t the insertion weight without a mitigation.
 
-    forget_more (alpha_scale, insert_scale): "forget more and remember less", arXiv 2410.07145 section 3.2.
-        Bounds the memory of every head to about 1 / (1 - alpha_scale) tokens. Cannot tell important tokens
-        from filler: recall of far needles falls with it, and a low insert_scale weakens near ones too.
-    delta_scale: constant scaling of dt, both decay and insertion ("LongMamba" of that paper's comparison;
-        arXiv 2504.16053 refines it). Below 1 it stretches time; it cannot create forgetting.
-    decay_scale: A scaled (Mamba Modulation, arXiv 2509.19633). Above 1 every head forgets faster in
-        proportion to its own rate; a head with retention exactly 1 stays at 1.
-    state_norm (max_norm, every): after every k = `every` tokens the Frobenius norm of a head's P x N state
-        is scaled down to at most `max_norm` (arXiv 2410.07145 section 3.2); inf: that head never. y of that
-        token still reads the whole state unless k = 1. Bounds the state, not what is in it; serial in time.
-    sliding_window (window): y_t sees exactly the tokens (t - r, t] of its document, r = `window` (the same
-        paper). Forgets everything older, whatever its worth; the state is a `Window`.
-    hard_reset (every): the state is zeroed before every r-th token: the control. Right after a reset nothing
-        is remembered.
+    forget_more (alpha_scale, insert_scale): h_t = alpha_scale alpha_t h_{t-1} + insert_scale w_t x_t B_t^T
+        Source: "forget more and remember less", arXiv 2410.07145 section 3.2.
+        Cost: none. Every head remembers about 1 / (1 - alpha_scale) tokens at most.
+        Cannot tell important tokens from filler: recall of far needles falls with it, and a low insert_scale
+        weakens near ones too.
+    delta_scale: dt_t := delta_scale dt_t, in decay and insertion
+        Source: the constant scaling that arXiv 2410.07145 compares with; per layer, MambaExtend (ICLR 2025).
+        Cost: none. Below 1 it stretches time.
+        Cannot create forgetting: what enters and what fades shrink together, and near tokens fade in too.
+    decay_scale: alpha_t := exp(dt_t decay_scale A)
+        Source: Mamba Modulation, arXiv 2509.19633. Cost: none.
+        Above 1 every head forgets faster in proportion to its own rate. Cannot reach a head whose retention
+        is exactly 1, and hastens heads that forget too fast as it does those that forget too slowly.
+    state_norm (max_norm, every): h_t := h_t min(1, max_norm / |h_t|) after every k = `every` tokens, |.| the
+        Frobenius norm of a head's P x N state; inf: never. y_t reads the whole state unless k = 1.
+        Source: "state normalization", arXiv 2410.07145 section 3.2, where k = 1.
+        Cost: serial in time, one scan for every k tokens. Cannot choose what it shrinks: old and new tokens
+        lose alike, and norms of heads lose their ratios.
+    sliding_window (window): h_t = sum over i in (t - r, t] of alpha_{i+1} ... alpha_t w_i x_i B_i^T,
+        r = `window`, within t's document
+        Source: "sliding window by state difference", arXiv 2410.07145 section 3.2; here no states are
+        subtracted. Cost: two scans, and r tokens for a single one; its state is a `Window` of r - 1 tokens.
+        Cannot see anything older than r tokens, whatever its worth.
+    hard_reset (every): h_{t-1} := 0 before every r-th token, r = `every`
+        Source: the control, of no paper. Cost: none. Cannot keep anything over a reset: right after one even
+        the nearest tokens are gone.
+    token_filter (threshold): alpha_t := 1 and w_t := 0 where dt_t < threshold; the head's state stays as it
+        is, bit for bit, and y_t reads it. Nothing else notices: token counts and other heads go on.
+        Source: LongMamba, arXiv 2504.16053, for heads that remember the whole training length.
+        Cost: none (a GPU discretises outside its kernel). Cannot forget: it stretches a memory over more
+        tokens by losing those of small dt, and mends nothing where a state is over-full. Thresholds have no
+        gradient.
     """
 
     name: str = "none"
@@ -59,8 +79,13 @@ class Mitigation:
     max_norm: float | Tensor | None = None
     every: int | None = None
     window: int | None = None
+    threshold: float | Tensor | None = None
+    heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.heads is not None:
+            _check_heads(self.name, self.heads)
+            object.__setattr__(self, "heads", tuple(sorted(self.heads)))
         owned = () if self.name == "none" else SETTINGS.get(self.name, FACTORS)
         for setting, value in self._settings().items():
             given = isinstance(value, Tensor) or value not in (1.0 if setting in FACTORS else None,)
@@ -72,7 +97,7 @@ class Mitigation:
 
     @property
     def composed(self) -> bool:
-        """Whether it is built of several scans rather than factors inside one."""
+        """Whether it is built of several scans rather than changes inside one."""
         return any(setting is not None for setting in (self.max_norm, self.every, self.window))
 
     @cached_property
@@ -84,10 +109,20 @@ class Mitigation:
         values = {
             s: v.tolist() if isinstance(v, Tensor) else v for s, v in self._settings().items() if s in owned
         }
+        if self.heads is not None:
+            values["heads"] = self.heads
         return f"{self.name}({', '.join(f'{setting}={value}' for setting, value in values.items())})"
 
     def _settings(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("name", "key")}
+        return {name: value for name, value in vars(self).items() if name not in ("name", "heads", "key")}
+
+
+def _check_heads(name: str, heads: tuple[int, ...]) -> None:
+    if name == "none":
+        raise ValueError(f"heads={heads}: not a setting of none; choose a mitigation")
+    whole = all(isinstance(head, int) and head >= 0 for head in heads)
+    if not (heads and whole and len(set(heads)) == len(heads)):
+        raise ValueError(f"heads={heads} of {name}: name at least one head, from 0, each once")
 
 
 def _check(name: str, setting: str, value: Any) -> None:
@@ -96,7 +131,9 @@ def _check(name: str, setting: str, value: Any) -> None:
         fits, remedy = isinstance(value, int) and value >= 1, "must be a whole number of tokens, at least 1"
     else:
         low, high = torch.as_tensor(math.nan if value is None else value).aminmax()
-        if setting == "max_norm":
+        if setting == "threshold":
+            fits, remedy = bool(low >= 0 and high < math.inf), "must be finite and not negative"
+        elif setting == "max_norm":
             fits, remedy = bool(low > 0), "must be positive, inf for a head that is never clipped"
         elif setting in ("alpha_scale", "insert_scale"):
             fits, remedy = bool(low > 0 and high <= 1), "must lie in (0, 1]"

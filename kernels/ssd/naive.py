@@ -79,7 +79,8 @@ def oracle(
     final: Any = h.to(dtype)
     if rule.window is not None:
         last = last_window(tokens, document_starts, rule.window)
-        final = last._replace(log_decay=last.log_decay.to(dtype), insert=last.insert.to(dtype))
+        wide = {name: getattr(last, name).to(dtype) for name in ("log_decay", "insert", "rest")}
+        final = last._replace(**wide)
     return y.to(tokens.x.dtype), final, taken
 
 

@@ -13,6 +13,7 @@ from kernels.ssd.checks import check_arguments, check_values, named_tensors
 from kernels.ssd.chunked import chunked_scan
 from kernels.ssd.core import Core, Tokens, span_of
 from kernels.ssd.discretize import discretize, per_head_factors
+from kernels.ssd.heads import by_heads, spread
 from kernels.ssd.mitigation import NONE, Mitigation
 from kernels.ssd.naive import oracle
 from kernels.ssd.operators import composed_scan
@@ -58,7 +59,7 @@ def ssd_scan(
         cu_seqlens: (S + 1,) int32 or int64, borders of sequences packed into one row (B = 1), from 0 to T.
             States, `position` and the window then have S rows, one a sequence.
         dt_bias: (H,), added to dt. dt_softplus: apply softplus. dt_limit: clamp after softplus.
-        mitigation: a change of the recurrence (`kernels.ssd.Mitigation`).
+        mitigation: a change of the recurrence, of all heads or some (`kernels.ssd.Mitigation`).
         position: (B,) int64, tokens since the row's document began before this call; None for 0. Only
             mitigations that count tokens read it.
         states_every: k >= 1: also return the states after every k tokens of a row or packed sequence.
@@ -85,7 +86,9 @@ def ssd_scan(
     if validate:
         check_values(tensors, dt_softplus)
 
-    if backend == "triton" and states_every is None and not mitigation.composed:
+    mitigation = spread(mitigation, x.shape[2], x.device)
+    fused = not mitigation.composed and mitigation.threshold is None
+    if backend == "triton" and states_every is None and fused:
         from kernels.ssd.triton_scan import triton_fused_scan  # only here: importing this module needs no GPU
 
         assert not isinstance(initial_state, Window)
@@ -98,6 +101,7 @@ def ssd_scan(
     A = A.to(torch.float64 if backend == "naive" else torch.float32)
     tokens = Tokens(x, *discretize(dt, A, dt_bias, dt_softplus, dt_limit, mitigation), B, C)
     scan = oracle if backend == "naive" else partial(composed_scan, _core(backend, chunk_size))
+    scan = partial(by_heads, scan)
     if cu_seqlens is not None:
         scan = partial(_packed, scan, cu_seqlens)
     results = scan(tokens, D, initial_state, document_starts, position, mitigation, states_every)

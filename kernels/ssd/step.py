@@ -7,8 +7,12 @@ import torch
 from torch import Tensor
 
 from kernels.arguments import require_device, require_shape
+from kernels.ssd.checks import require_heads
 from kernels.ssd.discretize import discretize
+from kernels.ssd.heads import spread
 from kernels.ssd.mitigation import FACTORS, NONE, Mitigation
+
+POINTWISE = (*FACTORS, "threshold")
 
 
 def ssd_step(
@@ -35,7 +39,7 @@ def ssd_step(
         state: (B, H, P, N) fp32, changed in place; N contiguous.
         x: (B, H, P), fp32, bf16 or fp16. dt: (B, H). A: (H,), negative. B, C: (B, G, N), G divides H.
         D: (H,) or (H, P). dt_bias: (H,). dt_softplus, dt_limit: as in `ssd_scan`.
-        mitigation: factors inside the recurrence; those composed of several scans need `ssd_scan`.
+        mitigation: factors or a token_filter; those composed of several scans need `ssd_scan`.
         active: (B,) bool; the state of other rows stays as it is, their y is zero.
         backend: None for a Triton kernel on a GPU, PyTorch elsewhere.
 
@@ -47,12 +51,13 @@ def ssd_step(
     """
     mitigation = mitigation or NONE
     tensors = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias}
-    tensors |= {f: v for f in FACTORS if isinstance(v := getattr(mitigation, f), Tensor)}
+    tensors |= {f: v for f in POINTWISE if isinstance(v := getattr(mitigation, f), Tensor)}
     _check(tensors | {"active": active}, mitigation)
+    mitigation = spread(mitigation, state.shape[1], state.device)
     if (backend or ("triton" if x.is_cuda else "torch")) == "triton":
         from kernels.ssd.triton_step import triton_step  # imports triton
 
-        values = [getattr(mitigation, factor) for factor in FACTORS]
+        values = [0.0 if (v := getattr(mitigation, name)) is None else v for name in POINTWISE]
         per_head = [value for value in values if isinstance(value, Tensor)]
         scales = [math.nan if isinstance(value, Tensor) else float(value) for value in values]
         limit = [] if dt_limit is None else list(dt_limit)
@@ -97,7 +102,7 @@ def _step(
 
 def _check(tensors: dict[str, Tensor | None], mitigation: Mitigation) -> None:
     if mitigation.composed:
-        raise ValueError(f"mitigation={mitigation.key}: more than factors; use ssd_scan with T = 1")
+        raise ValueError(f"mitigation={mitigation.key}: of several scans; use ssd_scan with T = 1")
     recording = [name for name, t in tensors.items() if t is not None and t.requires_grad]
     if recording and torch.is_grad_enabled():
         raise ValueError(f"{recording[0]} records gradients: use ssd_scan with T = 1, or torch.no_grad()")
@@ -109,6 +114,7 @@ def _check(tensors: dict[str, Tensor | None], mitigation: Mitigation) -> None:
         given = f"{state.dtype} of shape {tuple(state.shape)} and strides {state.stride()}"
         raise ValueError(f"state is {given}: expected float32 (B, H, P, N), N contiguous")
     batch, heads, headdim, d_state = state.shape
+    require_heads(mitigation, heads)
     if B.dim() != 3 or heads % B.shape[1]:
         raise ValueError(
             f"B has shape {tuple(B.shape)}: expected (B, G, N) with G dividing the {heads} heads"

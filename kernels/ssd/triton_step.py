@@ -22,7 +22,7 @@ CONFIGS = (
 
 @triton.jit
 def _factor(per_head, value, head):
-    """A factor of the mitigation: one value a head, or the same for all."""
+    """A setting of the mitigation: one value a head, or the same for all."""
     if per_head is None:
         return value
     else:
@@ -31,10 +31,11 @@ def _factor(per_head, value, head):
 
 @triton.jit
 def step_kernel(
-    state, x, dt, A, B, C, D, dt_bias, active, alpha_scale, insert_scale, delta_scale, decay_scale, y,
+    state, x, dt, A, B, C, D, dt_bias, active,
+    alpha_scale, insert_scale, delta_scale, decay_scale, threshold, y,
     stride_s_b, stride_s_h, stride_s_p, stride_x_b, stride_x_h, stride_dt_b, stride_dt_h,
     stride_B_b, stride_B_g, stride_C_b, stride_C_g, stride_D_h, stride_D_p,
-    log_alpha, insert, delta, decay, low, high, H, P, N, heads_per_group,
+    log_alpha, insert, delta, decay, least, low, high, H, P, N, heads_per_group,
     SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of P, fastest, of every head of every row. Rows not active read and change no state."""
@@ -62,6 +63,7 @@ def step_kernel(
     if LIMIT:
         step = tl.minimum(tl.maximum(step, low), high)
     step *= _factor(delta_scale, delta, head)
+    step = tl.where(step < _factor(threshold, least, head), 0.0, step)
     a = step * (tl.load(A + head).to(tl.float32) * _factor(decay_scale, decay, head))
     if alpha_scale is None:
         a += log_alpha
@@ -97,8 +99,8 @@ def triton_step(
     scales: list[float],
     active: Tensor | None,
 ) -> Tensor:
-    """As `kernels.ssd.step.ssd_step`. dt_limit: (low, high) or empty. scales: alpha, insert, delta and decay,
-    nan where the next of the (H,) tensors `per_head` takes their place."""
+    """As `kernels.ssd.step.ssd_step`. dt_limit: (low, high) or empty. scales: alpha, insert, delta, decay and
+    the threshold, nan where the next of the (H,) tensors `per_head` takes their place."""
     (batch, heads, headdim), d_state = x.shape, state.shape[3]
     key = {"P": headdim, "N": d_state, "rows": bucket(batch * heads)}
     settings = pick("ssd_step", CONFIGS, **key).settings()

@@ -18,17 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.ssd.core import Core, Tokens
+from kernels.ssd.heads import groups_of
 from kernels.ssd.mitigation import Mitigation
 from kernels.ssd.states import states_after
 
 
 class Window(NamedTuple):
-    """The state under sliding_window: the last r - 1 tokens; those of no or another document are all zero."""
+    """The state under sliding_window: the last r - 1 tokens; those of no or another document are all zero.
 
-    x: Tensor  # (B, r - 1, H, P), the dtype of x
-    log_decay: Tensor  # (B, r - 1, H) fp32
-    insert: Tensor  # (B, r - 1, H) fp32
-    B: Tensor  # (B, r - 1, G, N), the dtype of x
+    Of its heads only, h of them, with the B that they read (g groups, `kernels.ssd.heads.groups_of`); the
+    other heads have a state of their own.
+    """
+
+    x: Tensor  # (B, r - 1, h, P), the dtype of x
+    log_decay: Tensor  # (B, r - 1, h) fp32
+    insert: Tensor  # (B, r - 1, h) fp32
+    B: Tensor  # (B, r - 1, g, N), the dtype of x
+    rest: Tensor  # (B, H - h, P, N) fp32
 
 
 State = Tensor | Window
@@ -59,9 +65,11 @@ def zero_state(
 
     if mitigation.window is None:
         return zeros(heads, headdim, d_state)
-    past = mitigation.window - 1
-    x, B = zeros(past, heads, headdim, dtype=dtype), zeros(past, groups, d_state, dtype=dtype)
-    return Window(x, zeros(past, heads), zeros(past, heads), B)
+    past, chosen = mitigation.window - 1, mitigation.heads or tuple(range(heads))
+    own = len(groups_of(chosen, heads, groups))
+    x, B = zeros(past, len(chosen), headdim, dtype=dtype), zeros(past, own, d_state, dtype=dtype)
+    decays = zeros(past, len(chosen)), zeros(past, len(chosen))
+    return Window(x, *decays, B, zeros(heads - len(chosen), headdim, d_state))
 
 
 def sliding_window(
@@ -99,7 +107,7 @@ def with_past(
     if past is None:
         joined = [F.pad(t, (0, 0) * (t.dim() - 3) + before) for t in tokens]
     else:
-        joined = [torch.cat([old, new], 1) for old, new in zip(past, tokens, strict=False)]
+        joined = [torch.cat([old, new], 1) for old, new in zip(past[:4], tokens, strict=False)]
         joined.append(F.pad(tokens.C, (0, 0, *before)))
     return Tokens(*joined), None if document_starts is None else F.pad(document_starts, before[2:])
 
@@ -107,11 +115,13 @@ def with_past(
 def last_window(whole: Tokens, starts: Tensor | None, window: int) -> Window:
     """The window after tokens that already have their past before them."""
     last = whole.span(whole.length - window + 1, whole.length)[:4]
+    rest = whole.x.new_empty(len(whole.x), 0, whole.x.shape[3], whole.B.shape[3], dtype=torch.float32)
     if starts is None:
-        return Window(*(t.clone() for t in last))
+        return Window(*[*(t.clone() for t in last), rest])
     documents = starts.cumsum(1)
     here = documents[:, whole.length - window + 1 :] == documents[:, -1:]
-    return Window(*(t.masked_fill(~here.view(*here.shape, *(1,) * (t.dim() - 2)), 0.0) for t in last))
+    kept = [t.masked_fill(~here.view(*here.shape, *(1,) * (t.dim() - 2)), 0.0) for t in last]
+    return Window(*[*kept, rest])
 
 
 def _block_starts(like: Tensor, length: int, window: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""state_norm, sliding_window and hard_reset: against the oracle, against their definitions, in pieces."""
+"""Mitigations that are more than factors: against the oracle, against their definitions, in pieces."""
 
 import itertools
 import math
@@ -22,18 +22,30 @@ OPERATORS: dict[str, Settings] = {
     "window": {"name": "sliding_window", "window": 9},
     "window_of_1": {"name": "sliding_window", "window": 1},
     "window_longer_than_all": {"name": "sliding_window", "window": 60},
+    "window_of_one_head_a_group": {"name": "sliding_window", "window": 9, "heads": (3, 0)},
     "reset": {"name": "hard_reset", "every": 7},
+    "reset_of_three_heads": {"name": "hard_reset", "every": 7, "heads": (0, 2, 3)},
+    "filter": {"name": "token_filter", "threshold": [0.1, 0.0, 0.4, 2.0]},
 }
 
 
 def draw_operator(heads: int, length: int) -> st.SearchStrategy[Settings]:
     tokens = st.one_of(st.integers(1, 9), st.integers(1, length + 5))
     norms = st.sampled_from([0.3, 1.0, 4.0, math.inf])
-    max_norm = st.one_of(norms, st.lists(norms, min_size=heads, max_size=heads))
+    dts = st.sampled_from([0.0, 0.03, 0.3, 0.8])
+    some = st.sets(st.integers(0, heads - 1), min_size=1).map(tuple)
+
+    def of(name: str, **values: st.SearchStrategy) -> st.SearchStrategy[Settings]:
+        return st.fixed_dictionaries({"name": st.just(name), **values}, optional={"heads": some})
+
+    def one_or_each(values: st.SearchStrategy) -> st.SearchStrategy:
+        return st.one_of(values, st.lists(values, min_size=heads, max_size=heads))
+
     return st.one_of(
-        st.fixed_dictionaries({"name": st.just("state_norm"), "max_norm": max_norm, "every": tokens}),
-        st.fixed_dictionaries({"name": st.just("sliding_window"), "window": tokens}),
-        st.fixed_dictionaries({"name": st.just("hard_reset"), "every": tokens}),
+        of("state_norm", max_norm=one_or_each(norms), every=tokens),
+        of("sliding_window", window=tokens),
+        of("hard_reset", every=tokens),
+        of("token_filter", threshold=one_or_each(dts)),
     )
 
 
@@ -49,14 +61,20 @@ def make_leaves(case: Any, operator: Settings) -> Leaves:
     if "initial_state" in leaves and "window" in operator:
         del leaves["initial_state"]
     if case.initial_state and past:
-        generator = torch.Generator().manual_seed(case.seed)
-        x = torch.randn(case.batch, past, case.heads, case.headdim, generator=generator)
-        B = torch.randn(case.batch, past, case.groups, case.d_state, generator=generator)
-        insert = torch.rand(case.batch, past, case.heads, generator=generator) + 0.1
-        insert[:, ::3] = 0
-        window = Window(x, -torch.rand(insert.shape, generator=generator), insert, B)
-        leaves |= {f"past.{n}": t.requires_grad_() for n, t in window._asdict().items()}
+        window = no_past(case, operator)
+        for tensor in window:
+            tensor.normal_(generator=torch.Generator().manual_seed(case.seed))
+        window.log_decay.abs_().neg_()
+        window.insert.abs_()[:, ::3] = 0
+        leaves |= {f"past.{n}": t.requires_grad_() for n, t in window._asdict().items() if t.numel()}
     return leaves
+
+
+def no_past(case: Any, operator: Settings) -> Window:
+    sizes = (case.batch, case.heads, case.headdim, case.groups, case.d_state)
+    window = zero_state(Mitigation(**operator), *sizes, dtype=torch.float32, device="cpu")
+    assert isinstance(window, Window)
+    return window
 
 
 def as_double(leaves: Leaves) -> Leaves:
@@ -66,8 +84,10 @@ def as_double(leaves: Leaves) -> Leaves:
 def scan(case: Any, leaves: Leaves, operator: Settings, tokens: slice = slice(None), **changes: Any) -> Any:
     arguments = {n: t for n, t in leaves.items() if n != "max_norm" and not n.startswith("past.")}
     if "past.x" in leaves:
-        changes = {"initial_state": Window(*(leaves[f"past.{n}"] for n in Window._fields))} | changes
-    chosen = operator | {n: leaves[n] for n in ("max_norm",) if n in leaves}
+        past = {name: leaves.get(f"past.{name}", t) for name, t in no_past(case, operator)._asdict().items()}
+        changes = {"initial_state": Window(**past)} | changes
+    chosen = {n: torch.tensor(v) if isinstance(v, list) else v for n, v in operator.items()}
+    chosen |= {n: leaves[n] for n in ("max_norm",) if n in leaves}
     return case.scan(arguments, tokens, mitigation=Mitigation(**chosen), **changes)
 
 
@@ -358,6 +378,15 @@ def test_bf16_inputs(operator: Settings, scan_case: Any, check_close: Any) -> No
         ({"name": "delta_scale", "delta_scale": -1.0}, "delta_scale=-1.0 of delta_scale: must be positive"),
         ({"name": "decay_scale", "decay_scale": math.inf}, "decay_scale=inf of decay_scale"),
         ({"alpha_scale": 0.9}, "alpha_scale=0.9: not a setting of none; use name='forget_more'"),
+        ({"name": "token_filter"}, "threshold=None of token_filter: must be finite and not negative"),
+        ({"name": "token_filter", "threshold": torch.tensor([0.1, -1.0])}, "threshold=.* of token_filter"),
+        (
+            {"name": "hard_reset", "every": 3, "heads": ()},
+            r"heads=\(\) of hard_reset: .* at least one head",
+        ),
+        ({"name": "hard_reset", "every": 3, "heads": (2, 2)}, r"heads=\(2, 2\) of hard_reset: .* each once"),
+        ({"name": "hard_reset", "every": 3, "heads": (-1,)}, r"heads=\(-1,\) of hard_reset: .* from 0"),
+        ({"heads": (0,)}, r"heads=\(0,\): not a setting of none"),
     ],
 )
 def test_wrong_settings_are_named(arguments: Settings, message: str) -> None:
@@ -390,6 +419,13 @@ def test_wrong_states_are_named(small_scan: Any) -> None:
         small_scan(mitigation=window, initial_state=bad, validate=True)
     with pytest.raises(ValueError, match=r"mitigation.max_norm has shape \(3,\): expected \(4,\)"):
         small_scan(mitigation=Mitigation("state_norm", max_norm=torch.ones(3), every=2))
+    with pytest.raises(ValueError, match=r"mitigation.heads names \[4, 9\]: the heads are 0 to 3"):
+        small_scan(mitigation=Mitigation("forget_more", 0.5, heads=(9, 4, 1)))
+    some = Mitigation("sliding_window", window=4, heads=(0, 2))
+    with pytest.raises(
+        ValueError, match=r"initial_state\.x has shape \(1, 3, 4, 3\): expected \(1, 3, 2, 3\)"
+    ):
+        small_scan(mitigation=some, initial_state=past)
 
 
 def test_keys_name_what_a_state_depends_on() -> None:
@@ -400,6 +436,10 @@ def test_keys_name_what_a_state_depends_on() -> None:
         Mitigation("state_norm", max_norm=4.0, every=4),
         Mitigation("state_norm", max_norm=4.0, every=5),
         Mitigation("state_norm", max_norm=torch.tensor([4.0, 4.0]), every=4),
+        Mitigation("hard_reset", every=4, heads=(1,)),
+        Mitigation("hard_reset", every=4, heads=(0, 1)),
+        Mitigation("token_filter", threshold=4.0),
+        Mitigation("token_filter", threshold=torch.tensor([4.0, 4.5])),
     ]
     assert len({m.key for m in mitigations}) == len(mitigations)
     assert Mitigation("sliding_window", window=4).key == "sliding_window(window=4)"

@@ -49,6 +49,13 @@ OPTIONS: list[dict[str, Any]] = [
     },
     {"mitigation": lambda: Mitigation("both", delta_scale=0.5, decay_scale=per_head(0.5, 1.0, 3.0, 1.2))},
     {"mitigation": lambda: Mitigation("delta_scale", delta_scale=per_head(0.5, 1.0, 1.3, 0.9).double())},
+    {"mitigation": lambda: Mitigation("token_filter", threshold=0.4)},
+    {
+        "mitigation": lambda: Mitigation(
+            "token_filter", threshold=per_head(0.2, 0.0, 0.7, 2.0), heads=(0, 1, 3)
+        )
+    },
+    {"mitigation": lambda: Mitigation("forget_more", per_head(0.9, 1.0, 0.9999, 0.5), 0.5, heads=(0, 2))},
 ]
 
 
@@ -145,7 +152,8 @@ def test_half_precision_inputs_keep_an_fp32_state(dtype: torch.dtype, backend: A
         ({"B": torch.zeros(1, 3, 6)}, r"B has shape \(1, 3, 6\): .* the 4 heads"),
         ({"active": torch.ones(2, dtype=torch.bool)}, r"active has shape \(2,\): expected \(1,\)"),
         ({"dt": torch.zeros(1, 4, requires_grad=True)}, "dt records gradients: use ssd_scan with T = 1"),
-        ({"mitigation": Mitigation("hard_reset", every=3)}, "more than factors; use ssd_scan with T = 1"),
+        ({"mitigation": Mitigation("forget_more", 0.9, heads=(1, 7))}, r"mitigation.heads names \[7\]"),
+        ({"mitigation": Mitigation("hard_reset", every=3)}, "of several scans; use ssd_scan with T = 1"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:

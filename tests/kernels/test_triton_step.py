@@ -89,8 +89,8 @@ def test_operator_is_well_formed() -> None:
     alpha = torch.full((4,), 0.9, device=DEVICE)
     active = torch.tensor([True, False], device=DEVICE)
     for rest in (
-        (a["D"], alpha, True, [0.0, 0.5], [alpha], [float("nan"), 0.5, 1.0, 1.0], active),
-        (None, None, False, [], [], [1.0, 1.0, 1.0, 1.0], None),
+        (a["D"], alpha, True, [0.0, 0.5], [alpha], [float("nan"), 0.5, 1.0, 1.0, 0.0], active),
+        (None, None, False, [], [], [1.0, 1.0, 1.0, 1.0, 0.3], None),
     ):
         torch.library.opcheck(torch.ops.longstate.ssd_step.default, (*tokens, *rest))
 
