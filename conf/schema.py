@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from conf.passkey import NEEDLE, OPENING, QUESTION
+
 
 def option(default: Any, help: str) -> Any:
     """A config field with its one-line meaning, which `--help` prints."""
@@ -118,6 +120,12 @@ class PasskeyConfig:
     opening: bool = option(False, "begin with the paper's opening sentence (longer shortest prompt)")
     filler_weight: float = option(0.1, "loss weight of every token outside the answer (the answer has 1)")
 
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of a prompt without filler: opening, needle, question and answer."""
+        words = [OPENING] * self.opening + [*NEEDLE, QUESTION]
+        return len("".join(words).encode()) + 3 * (1 + self.digits)  # a key is a space and its digits
+
 
 @dataclass(kw_only=True)
 class DocumentsConfig:
@@ -158,6 +166,8 @@ class DataConfig:
         digits = self.passkey.digits
         require(1 <= digits <= 15, "data.passkey.digits", digits, "must be from 1 to 15, e.g. 5")
         require_at_least("data.passkey", self.passkey, 0, "filler_weight")
+        if self.tokenizer == "bytes":
+            self.require_passkey_fits(self.passkey.fixed_bytes)
         require_at_least("data.documents", self.documents, 1, "min_tokens")
         if self.documents.max_tokens is not None:
             require_at_least("data.documents", self.documents, 1, "max_tokens")
@@ -181,6 +191,16 @@ class DataConfig:
                 self.curriculum_length,
                 f"must divide data.train_length={self.train_length}, so that tokens a step stay equal",
             )
+
+    def require_passkey_fits(self, needed: int) -> None:
+        """Refuse lengths in which a passkey prompt, of at least `needed` tokens, has no place."""
+        remedy = f"a passkey prompt needs at least {needed} tokens; give it a longer length"
+        if self.passkey.opening:
+            remedy += " or set data.passkey.opening=false"
+        for name in ("train_length", "curriculum_length"):
+            length = getattr(self, name)
+            fits = self.name != "passkey" or length is None or length >= needed
+            require(fits, f"data.{name}", length, remedy)
 
 
 @dataclass(kw_only=True)

@@ -118,13 +118,7 @@ def _uses_cuda(trainer: pl.Trainer) -> bool:
 def _check_passkey_fits(task: PasskeyTask, config: TrainConfig) -> None:
     # Keys may differ in tokens: the longest of many stands for all.
     keys = np.random.default_rng(0).integers(task.n_keys, size=256)
-    needed = max(task.fixed_length(int(key)) for key in keys)
-    for name in ("train_length", "curriculum_length"):
-        length = getattr(config.data, name)
-        if length is not None:
-            require(
-                length >= needed, f"data.{name}", length, f"a passkey prompt needs at least {needed} tokens"
-            )
+    config.data.require_passkey_fits(max(task.fixed_length(int(key)) for key in keys))
 
 
 def _align_batch_progress(trainer: pl.Trainer, batches: TrainBatches) -> None:

@@ -11,23 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from conf.passkey import FILLER, NEEDLE, OPENING, QUESTION
 from conf.schema import PasskeyConfig
 from data.tokenizers import Tokenizer
-
-OPENING = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it."
-FILLER = (
-    " The grass is green.",
-    " The sky is blue.",
-    " The sun is yellow.",
-    " Here we go.",
-    " There and back again.",
-)
-NEEDLE = (
-    " The passkey is",
-    ". Remember it.",
-    " is the passkey.",
-)  # the key stands before the 2nd and 3rd part
-QUESTION = " What is the pass key? The passkey is"
 
 Ints = NDArray[np.int64]
 Keys = Sequence[int] | Ints

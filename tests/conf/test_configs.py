@@ -45,6 +45,9 @@ MISTAKES = {
     "model.chunk_size=48": ["model.chunk_size=48", "power of two"],
     "model.chunk_size=8": ["model.chunk_size=8", "16"],
     "data.train_length=0": ["data.train_length=0", "at least 1"],
+    "data.train_length=99": ["data.train_length=99", "at least 100 tokens", "longer"],
+    "data={curriculum_length: 64, curriculum_steps: 9}": ["data.curriculum_length=64", "at least 100 tokens"],
+    "data={train_length: 190, passkey: {opening: true}}": ["data.train_length=190", "opening=false"],
     "data.batch_size=0": ["data.batch_size=0", "at least 1"],
     "trainer.max_steps=0": ["trainer.max_steps=0", "at least 1"],
     "trainer.accumulate=5": ["data.batch_size=32", "multiple of", "5"],
@@ -90,8 +93,14 @@ def test_bad_yaml_is_named_in_one_line(tmp_path: Path) -> None:
         (["print_config=true"], 0, "stdout", "max_steps: 1000"),
         (["model.headdim=48"], 2, "stderr", "error: model.headdim=48: must divide"),
         (["model.d_stat=48"], 2, "stderr", "error: "),
+        (
+            ["data.train_length=99"],
+            2,
+            "stderr",
+            "error: data.train_length=99: a passkey prompt needs at least",
+        ),
     ],
-    ids=["help", "print_config", "shape", "typo"],
+    ids=["help", "print_config", "shape", "typo", "passkey"],
 )
 def test_the_command_answers_within_a_second(
     arguments: list[str], status: int, stream: str, fragment: str
@@ -116,7 +125,7 @@ def test_the_command_answers_within_a_second(
     assert min(seconds) < 1.0, seconds
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["model.headdim=48"]], ids=["help", "error"])
+@pytest.mark.parametrize("arguments", [["--help"], ["model.headdim=48"], ["data.train_length=99"]], ids=str)
 def test_the_command_answers_without_torch(arguments: list[str]) -> None:
     program = (
         "import sys\nfrom lightning_modules.train import main\n"

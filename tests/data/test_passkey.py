@@ -132,6 +132,13 @@ def test_opening_comes_first_and_counts() -> None:
 
 
 @pytest.mark.parametrize("opening", [False, True])
+@pytest.mark.parametrize("digits", [1, 5, 15])
+def test_the_config_knows_the_minimum_in_bytes(digits: int, opening: bool) -> None:
+    config = PasskeyConfig(digits=digits, opening=opening)
+    assert config.fixed_bytes == PasskeyTask(ByteTokenizer(), config).fixed_length()
+
+
+@pytest.mark.parametrize("opening", [False, True])
 def test_too_short_a_length_names_the_minimum(opening: bool) -> None:
     task = PasskeyTask(ByteTokenizer(), PasskeyConfig(opening=opening))
     minimum = task.fixed_length()

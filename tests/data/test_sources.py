@@ -112,6 +112,16 @@ def test_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         read("nobody/books")
 
 
+@pytest.mark.parametrize("source", ["./books", "../books", "/no/books", "~/no/books", "some/books.jsonl"])
+def test_a_path_to_nothing_is_no_hub_name(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"^data\.documents\.source={source}: no such file or folder; "):
+        locate(DocumentsConfig(source=source))
+    assert locate(DocumentsConfig(source="some/books")).files == ()  # a hub name
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -284,7 +284,7 @@ def test_a_users_mistake_is_answered_in_one_line(
     cut.write_bytes((checkpoint / "checkpoints" / "step=0000007.ckpt").read_bytes()[:5000])
     places = {"RUN": checkpoint, "FILE": file, "CUT": cut}
     if overrides == ["checkpoint=SHORT"]:
-        places["SHORT"] = write_run(tmp_path / "short", "data.train_length=64")
+        places["SHORT"] = write_run(tmp_path / "short", "data.name=documents", "data.train_length=64")
     if overrides == ["checkpoint=VOCAB"]:
         places["VOCAB"] = write_run(tmp_path / "vocab", "data.tokenizer=wide", "model.vocab_size=100")
         from lightning_modules import measuring

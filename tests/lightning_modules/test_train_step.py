@@ -28,7 +28,7 @@ Batch = dict[str, Tensor]
 def make_config(accumulate: int = 1, **more: Any) -> TrainConfig:
     return TrainConfig(
         model=MODEL,
-        data=DataConfig(batch_size=8, train_length=24),
+        data=DataConfig(name="documents", batch_size=8, train_length=24),
         optim=OptimConfig(grad_clip=0),
         trainer=TrainerConfig(max_steps=1, accumulate=accumulate),
         **more,

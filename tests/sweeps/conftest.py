@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 BASE = """\
 model: {d_model: 32, n_layers: 1, d_state: 16, headdim: 16}
-data: {train_length: 64, batch_size: 2}
+data: {train_length: 128, batch_size: 2}
 trainer: {max_steps: 10}
 """
 SWEEP = """\

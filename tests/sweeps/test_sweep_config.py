@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
-    (tmp_path / "base.yaml").write_text("data: {train_length: 64}\n")
+    (tmp_path / "base.yaml").write_text("data: {train_length: 128}\n")
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(
         f"""\
@@ -29,7 +29,7 @@ name: tiny
 train:
   base: {tmp_path}/base.yaml
   overrides: {{trainer: {{max_steps: 5}}}}
-  space: {{data.train_length: [64, 128], model.d_state: [16, 64]}}
+  space: {{data.train_length: [128, 256], model.d_state: [16, 64]}}
 evaluate: {{passkey.prompts: 3}}
 mitigation:
   space:
@@ -53,10 +53,10 @@ def test_points_are_the_whole_grid_without_the_identity(arguments):
     check(config)
     assert train_base(config).trainer.max_steps == 5
     assert [tuple(point.values()) for point in train_points(config)] == [
-        (64, 16),
-        (64, 64),
         (128, 16),
         (128, 64),
+        (256, 16),
+        (256, 64),
     ]
     assert [tuple(point.values()) for point in mitigation_points(config)] == [
         ("forget_more", 1.0, 0.75),
