@@ -5,35 +5,13 @@ Each class checks what it can see alone; the root classes check what spans secti
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
+
+from conf.fields import option, require, require_at_least, section
+from conf.mitigation import MitigationConfig
 
 from conf.passkey import NEEDLE, OPENING, QUESTION
-
-
-def option(default: Any, help: str) -> Any:
-    """A config field with its one-line meaning, which `--help` prints."""
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-def section(cls: type) -> Any:
-    """A nested config section, built with its own defaults."""
-    return field(default_factory=cls)
-
-
-def require(condition: bool, name: str, value: object, remedy: str) -> None:
-    """Raise one line that names the setting, its value and the remedy unless `condition` holds."""
-    if not condition:
-        raise ValueError(f"{name}={value}: {remedy}")
-
-
-def require_at_least(prefix: str, config: object, minimum: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value >= minimum, f"{prefix}.{name}", value, f"must be at least {minimum}")
 
 
 def is_power_of_two(n: int) -> bool:
@@ -250,58 +228,6 @@ class TrainerConfig:
 
 
 @dataclass(kw_only=True)
-class MitigationConfig:
-    """One training-free change of the recurrence (see kernels/ssd/mitigation.py)."""
-
-    name: Literal[
-        "none", "forget_more", "delta_scale", "decay_scale", "state_norm", "sliding_window", "hard_reset"
-    ] = option("none", "which mitigation")
-    alpha_scale: float = option(1.0, "forget_more: multiplies the retention exp(dt * A); in (0, 1]")
-    insert_scale: float = option(1.0, "forget_more: multiplies the insertion dt * B x; in (0, 1]")
-    delta_scale: float = option(1.0, "delta_scale: multiplies dt after softplus and limits; positive")
-    decay_scale: float = option(1.0, "decay_scale: multiplies A; positive")
-    max_norm: float | None = option(None, "state_norm: largest Frobenius norm of a head's state; positive")
-    every: int | None = option(
-        None, "state_norm, hard_reset: clip or zero the state every so many tokens, from the document's start"
-    )
-    window: int | None = option(None, "sliding_window: y_t sees exactly the last so many tokens")
-
-    def __post_init__(self) -> None:
-        for setting, owners in MITIGATION_OWNERS.items():
-            name, value = f"mitigation.{setting}", getattr(self, setting)
-            owned = self.name in owners
-            remedy = f"belongs to {' and '.join(owners)}; set mitigation.name={owners[0]} or leave it out"
-            require(owned or value == NEUTRAL_SETTINGS[setting], name, value, remedy)
-            if not owned:
-                continue
-            require(value is not None, name, value, f"{self.name} needs it")
-            if setting in ("every", "window"):
-                require(value >= 1, name, value, "must be at least 1")
-            elif setting in ("alpha_scale", "insert_scale"):
-                require(0 < value <= 1, name, value, "must lie in (0, 1]")
-            else:
-                require(value > 0 and math.isfinite(value), name, value, "must be positive and finite")
-
-
-MITIGATION_OWNERS = {
-    "alpha_scale": ("forget_more",),
-    "insert_scale": ("forget_more",),
-    "delta_scale": ("delta_scale",),
-    "decay_scale": ("decay_scale",),
-    "max_norm": ("state_norm",),
-    "every": ("state_norm", "hard_reset"),
-    "window": ("sliding_window",),
-}
-NEUTRAL_SETTINGS = {f.name: f.default for f in fields(MitigationConfig) if f.name != "name"}
-
-
-def changed_settings(mitigation: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a mitigation that change something, without its name."""
-    given = {name: mitigation.get(name, neutral) for name, neutral in NEUTRAL_SETTINGS.items()}
-    return {name: value for name, value in given.items() if value != NEUTRAL_SETTINGS[name]}
-
-
-@dataclass(kw_only=True)
 class InitialStateConfig:
     """The state in which training rows begin (lightning_modules/initial_state.py); validation begins at zero."""
 
@@ -391,6 +317,17 @@ class TrainConfig:
             f"must be below trainer.max_steps={self.trainer.max_steps}",
         )
         self._check_initial_state(rows=self.data.batch_size // shares)
+        self._check_mitigation()
+
+    def _check_mitigation(self) -> None:
+        rule = self.mitigation
+        rule.require_single()
+        rule.chosen_heads(self.model.n_layers, self.model.n_heads)
+        remedy = "give the file itself: python -m lightning_modules.calibrate makes it"
+        require(rule.calibration != "auto", "mitigation.calibration", "auto", remedy)
+        own = rule.calibration is None or self.init_from is not None
+        remedy = "belongs to a checkpoint: start from that one, init_from=PATH"
+        require(own, "mitigation.calibration", rule.calibration, remedy)
 
     def _check_initial_state(self, rows: int) -> None:
         """rows: of a micro-batch."""

@@ -12,6 +12,7 @@ from kernels.conv import causal_conv1d
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.norm import gated_rms_norm, rms_norm
 from kernels.ssd import Mitigation, ssd_scan
+from lightning_modules.mitigations import AnyMitigation, for_layers
 from lightning_modules.state import LayerState, ModelState
 
 
@@ -140,12 +141,16 @@ class Mamba2Backbone(nn.Module):
         self.norm_f = RMSNorm(config.d_model, eps=config.norm_eps)
 
     def forward(
-        self, ids: Tensor, state: ModelState, document_starts: Tensor | None, mitigation: Mitigation
+        self,
+        ids: Tensor,
+        state: ModelState,
+        document_starts: Tensor | None,
+        mitigations: tuple[Mitigation, ...],
     ) -> tuple[Tensor, ModelState]:
         """ids (B, T) int64 -> hidden (B, T, d_model) and the state after the last token."""
         hidden = self.embedding(ids)
         layer_states = []
-        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+        for layer, layer_state, mitigation in zip(self.layers, state.layers, mitigations, strict=True):
             hidden, layer_state = layer(hidden, layer_state, document_starts, state.position, mitigation)
             layer_states.append(layer_state)
         position = _advance(state.position, document_starts, ids.shape[1])
@@ -170,7 +175,10 @@ class Output:
 
 
 class Mamba2LM(nn.Module):
-    """Mamba-2 language model. The same object runs under any mitigation, in any split of the tokens."""
+    """Mamba-2 language model. The same object runs under any mitigation, in any split of the tokens.
+
+    mitigation: one for all layers, or one for each (`lightning_modules.mitigations.LayerMitigations`).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -188,18 +196,18 @@ class Mamba2LM(nn.Module):
         state: ModelState | None = None,
         *,
         document_starts: Tensor | None = None,
-        mitigation: Mitigation | None = None,
+        mitigation: AnyMitigation | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Final hidden states (B, T, d_model) of ids (B, T) int64, continuing from `state`.
 
         document_starts: (B, T) bool; every layer's state is zero before a True token.
         """
-        mitigation = mitigation or Mitigation()
+        rules = for_layers(mitigation, self.config.n_layers)
         if state is None:
             dtype = _compute_dtype(self.backbone.embedding.weight)
-            state = ModelState.zeros(self.config, len(ids), ids.device, dtype, mitigation)
-        state.require(mitigation.key, len(ids))
-        return self.backbone(ids, state, document_starts, mitigation)
+            state = ModelState.zeros(self.config, len(ids), ids.device, dtype, rules)
+        state.require(rules.key, len(ids))
+        return self.backbone(ids, state, document_starts, rules.on(ids.device))
 
     def forward(
         self,
@@ -207,7 +215,7 @@ class Mamba2LM(nn.Module):
         state: ModelState | None = None,
         *,
         document_starts: Tensor | None = None,
-        mitigation: Mitigation | None = None,
+        mitigation: AnyMitigation | None = None,
     ) -> Output:
         """Logits of every token and the state after the last; for long input prefer `token_losses`."""
         hidden, state = self.hidden(ids, state, document_starts=document_starts, mitigation=mitigation)
@@ -220,7 +228,7 @@ class Mamba2LM(nn.Module):
         state: ModelState | None = None,
         *,
         document_starts: Tensor | None = None,
-        mitigation: Mitigation | None = None,
+        mitigation: AnyMitigation | None = None,
     ) -> tuple[Tensor, ModelState]:
         """-log p(target) of every token (B, T) fp32, without ever holding the full logits."""
         hidden, state = self.hidden(ids, state, document_starts=document_starts, mitigation=mitigation)

@@ -34,7 +34,7 @@ class LanguageModel(pl.LightningModule):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
         self.config = config
-        self.mitigation = build_mitigation(config.mitigation)
+        self.mitigation = build_mitigation(config.mitigation, config.model, length=config.data.train_length)
         self.train_loss = self.grad_norm = math.nan  # of the last optimizer step
         self.val_metrics: dict[str, float] = {}  # of the last validation
         self._sums: dict[str, Tensor] = {}

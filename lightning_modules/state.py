@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from conf.schema import ModelConfig
-from kernels.ssd import Mitigation, Window, map_state, zero_state
+from kernels.ssd import Window, map_state, zero_state
+from lightning_modules.mitigations import AnyMitigation, for_layers
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,20 @@ class ModelState:
         batch: int,
         device: torch.device | str,
         dtype: torch.dtype,
-        mitigation: Mitigation,
+        mitigation: AnyMitigation,
     ) -> "ModelState":
         """The state before the first token; dtype: what the model computes in."""
         conv_shape = (batch, config.conv_dim, config.d_conv - 1)
         ssm_shape = (batch, config.n_heads, config.headdim, config.n_groups, config.d_state)
+        rules = for_layers(mitigation, config.n_layers)
         layers = tuple(
             LayerState(
                 conv=torch.zeros(conv_shape, device=device, dtype=dtype),
-                ssm=zero_state(mitigation, *ssm_shape, dtype=dtype, device=device),
+                ssm=zero_state(rule, *ssm_shape, dtype=dtype, device=device),
             )
-            for _ in range(config.n_layers)
+            for rule in rules.layers
         )
-        return cls(layers, torch.zeros(batch, dtype=torch.int64, device=device), mitigation.key)
+        return cls(layers, torch.zeros(batch, dtype=torch.int64, device=device), rules.key)
 
     @property
     def batch_size(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from conf.schema import NEUTRAL_SETTINGS
+from conf.mitigation import NEUTRAL_SETTINGS
 from conf.search_space import Point
 from conf.sweep_schema import SweepConfig
 from sweeps.studies import point_of, run_directory

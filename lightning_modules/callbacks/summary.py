@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from conf.schema import ModelConfig
-from kernels.ssd import Mitigation
 from lightning_modules.language_model import LanguageModel
+from lightning_modules.mitigations import AnyMitigation
 from lightning_modules.optim import parameter_groups
 from lightning_modules.state import ModelState
 
@@ -39,7 +39,7 @@ def summarize(module: LanguageModel) -> Table:
     return table
 
 
-def state_elements(config: ModelConfig, mitigation: Mitigation) -> tuple[int, int]:
+def state_elements(config: ModelConfig, mitigation: AnyMitigation) -> tuple[int, int]:
     """Numbers that one sequence's recurrent state holds: convolution tails, SSM states or windows."""
     state = ModelState.zeros(config, 1, "meta", torch.float32, mitigation)
     total = sum(t.numel() for layer in state.layers for t in layer.tensors())

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from conf.schema import changed_settings
+from conf.mitigation import changed_settings
 from lightning_modules.figures import accuracy_by_length, loss_by_position, passkey_heatmap
 
 Rows = list[dict[str, Any]]
@@ -36,8 +36,14 @@ def describe_mitigation(mitigation: dict[str, Any]) -> str:
     """`forget_more (alpha_scale 0.999)`; empty for none."""
     if mitigation["name"] == "none":
         return ""
-    changed = [f"{name} {value:g}" for name, value in changed_settings(mitigation).items()]
+    changed = [f"{name} {_in_words(value)}" for name, value in changed_settings(mitigation).items()]
     return f"{mitigation['name']} ({', '.join(changed)})" if changed else mitigation["name"]
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def accuracy_table(passkey: dict[str, Rows]) -> dict[str, list[Any]]:

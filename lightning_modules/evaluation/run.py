@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from conf.load import to_dict, to_yaml
-from conf.schema import EvaluateConfig, TrainConfig, changed_settings
+from conf.mitigation import changed_settings
+from conf.schema import EvaluateConfig, TrainConfig
 from lightning_modules.checkpoints import load_config, load_model
 from lightning_modules.evaluation.conclusion import conclude, exact_by_length, metrics
 from lightning_modules.evaluation.report import accuracy_table, draw_figures, print_summary
@@ -28,7 +29,7 @@ from lightning_modules.measuring import (
     tokenizer_of,
     write_output,
 )
-from lightning_modules.mitigations import build_mitigation
+from lightning_modules.mitigations import LayerMitigations, build_mitigation
 from lightning_modules.run_dir import read_result, write_json
 from lightning_modules.tracking import Tracker
 
@@ -47,6 +48,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     device = choose_device(config.device)
     trained = load_config(config.checkpoint)
     model = load_model(config.checkpoint, device=device)
+
+    def rule(length: int) -> LayerMitigations:
+        return build_mitigation(config.mitigation, trained.model, length=length)
+
+    rule(trained.data.train_length)  # refused, if at all, before anything is made
     passkey_suite, loss_suite = _plan(config, trained)
     run_dir = open_measuring_dir(config, "evaluate")
     measured = identity(config)
@@ -67,9 +73,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     ) as tracker:
         total = sum(suite.tokens for suite in (passkey_suite, loss_suite) if suite is not None)
         with show_progress("evaluating", total) as on_tokens:
-            reader = Reader(model, build_mitigation(config.mitigation), config.segment, on_tokens)
-            passkey = passkey_suite.run(reader) if passkey_suite is not None else None
-            loss = loss_suite.run(reader) if loss_suite is not None else None
+            reader = Reader(model, rule(trained.data.train_length), config.segment, on_tokens)
+            passkey = passkey_suite.run(reader, rule) if passkey_suite is not None else None
+            loss = loss_suite.run(reader, rule) if loss_suite is not None else None
         _warn_of_non_finite(config, passkey, loss)
 
         train_length = trained.data.train_length

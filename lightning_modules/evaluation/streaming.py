@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.ssd import Mitigation
 from lightning_modules.backbone import Mamba2LM
+from lightning_modules.mitigations import AnyMitigation
 from lightning_modules.state import ModelState
 
 # Tokens [begin, end) of n rows as (n, end - begin) int64, written out on demand: no row ever exists whole.
@@ -27,7 +27,7 @@ class Reader:
     def __init__(
         self,
         model: Mamba2LM,
-        mitigation: Mitigation,
+        mitigation: AnyMitigation,
         segment: int,
         on_tokens: Callable[[int], None] = lambda _: None,
     ) -> None:

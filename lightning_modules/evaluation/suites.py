@@ -1,5 +1,6 @@
 """The suites of one evaluation: which prompts and texts, laid out and checked before anything is read."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,10 @@ from data.tokenizers import Tokenizer
 from lightning_modules.evaluation import loss as losses
 from lightning_modules.evaluation import passkey
 from lightning_modules.evaluation.streaming import Reader, Source
+from lightning_modules.mitigations import AnyMitigation
+
+# The mitigation for prompts of so many tokens.
+Rule = Callable[[int], AnyMitigation]
 
 # Without a setting: recent needles to 64x the training length, recall over all depths to 16x.
 RECENT_FACTORS = (1, 2, 4, 8, 16, 32, 64)
@@ -32,14 +37,15 @@ class PasskeySuite:
         layouts = [*self.recent.values(), *(layout for layout, _ in self.recall.values())]
         return sum(passkey.tokens_to_read(layout) for layout in layouts)
 
-    def run(self, reader: Reader) -> dict[str, list[dict[str, Any]]]:
+    def run(self, reader: Reader, rule: Rule) -> dict[str, list[dict[str, Any]]]:
         """{"recent", "recall", "recall_by_length"}: the rows of evaluation.json."""
-        recent = [
-            {"length": length, **passkey.accuracy(passkey.score(reader, layout))}
-            for length, layout in self.recent.items()
-        ]
+        recent = []
+        for length, layout in self.recent.items():
+            reader.mitigation = rule(length)
+            recent.append({"length": length, **passkey.accuracy(passkey.score(reader, layout))})
         recall, by_length = [], []
         for length, (layout, depth) in self.recall.items():
+            reader.mitigation = rule(length)
             scores = passkey.score(reader, layout)
             by_length.append({"length": length, **passkey.accuracy(scores)})
             for value in np.unique(depth):
@@ -62,7 +68,8 @@ class LossSuite:
     def tokens(self) -> int:
         return self.prompts * self.length
 
-    def run(self, reader: Reader) -> dict[str, Any]:
+    def run(self, reader: Reader, rule: Rule) -> dict[str, Any]:
+        reader.mitigation = rule(self.length)
         measured = losses.loss_by_position(reader, self.source, self.length, self.bucket)
         return {"text": self.text, "prompts": self.prompts, "length": self.length, **measured}
 
