@@ -49,9 +49,7 @@ def accuracy_by_length(
     _mark_train_length(axes, train_length)
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel("exact match")
-    axes.legend(loc="best", frameon=False)
-    if banded:
-        figure.supxlabel("bands: Wilson 95% intervals", fontsize=8, color=GREY, x=0.98, ha="right")
+    add_legend(figure, "bands: Wilson 95% intervals" if banded else None)
     return figure
 
 
@@ -124,10 +122,26 @@ def loss_by_position(
     _mark_train_length(axes, train_length)
     axes.set_ylabel("loss (nats per token)")
     axes.set_ylim(bottom=0)
-    axes.legend(loc="best", frameon=False)
     words = f"pale: as measured; bold: mean over stretches of {short_number(train_length)} tokens or more"
-    figure.supxlabel(words, fontsize=8, color=GREY, x=0.98, ha="right")
+    add_legend(figure, words)
     return figure
+
+
+def add_legend(figure: Figure, caption: str | None = None) -> None:
+    """Name the lines and points of the figure's only axes, with a caption, below: there it covers no data.
+
+    It has as many columns as the figure has room for; the figure grows by its height.
+    """
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    style: dict[str, Any] = {"loc": "outside lower left", "alignment": "left", "frameon": False}
+    for columns in range(len(labels), 0, -1):
+        legend = figure.legend(handles, labels, ncols=columns, title=caption, title_fontsize=8, **style)
+        box = legend.get_window_extent()
+        if box.width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    legend.get_title().set_color(GREY)
+    figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lightning_modules.figures import COLOURS, GREY, MARKERS, Rows, accuracy_by_length, save
+from lightning_modules.figures import COLOURS, GREY, MARKERS, Rows, accuracy_by_length, add_legend, save
 from sweeps.results import Measured, Mended, Results, Share, describe, mitigation
 
 RECENT = "Needles within the last training length: exact match"
@@ -117,7 +117,7 @@ def _cost_and_gain(mended: Mended, metric: str, of: str) -> Figure:
     axes.set_xlim(-0.03, 1.03)
     axes.set_xlabel("exact match at the training length")
     axes.set_ylabel(metric)
-    axes.legend(loc="best", frameon=False)
+    add_legend(figure)
     return figure
 
 

@@ -197,16 +197,14 @@ def describe(point: Point, seed: int | None = None) -> str:
     """`train_length 256, d_state 16` or `forget_more alpha_scale 0.999`: a factor of 1 is left out."""
     name = point.get("mitigation.name")
     short = {key.rsplit(".", 1)[-1]: value for key, value in point.items() if key != "mitigation.name"}
-    if seed is not None:
-        short["seed"] = seed
-    settings = [
-        f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in short.items()
-        if name is None or value != NEUTRAL_SETTINGS.get(key, 1.0)
+    if name is not None:
+        short = {key: value for key, value in short.items() if value != NEUTRAL_SETTINGS[key]}
+    words = [
+        f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}" for key, value in short.items()
     ]
-    if name is None or list(short) == [name]:
-        return ", ".join(settings)
-    return f"{name} {', '.join(settings)}".strip()
+    if name is not None and name not in short:  # `delta_scale 0.9` says it once
+        words = [f"{name} {', '.join(words)}".strip()]
+    return ", ".join(words if seed is None else [*words, f"seed {seed}"])
 
 
 def _read(run_dir: Path, study: Study, trial: FrozenTrial) -> Measured:

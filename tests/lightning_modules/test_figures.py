@@ -23,7 +23,9 @@ def test_accuracy_is_drawn_in_order_of_length_with_bands_and_the_training_length
     assert second.get_xydata().tolist() == [[256, 0.3], [512, 0.2]]
     assert list(mark.get_xdata()) == [256, 256]
     assert len(axes.collections) == 1
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["with band", "without"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["with band", "without"]
+    assert "intervals" in legend.get_title().get_text()
     assert [label.get_text() for label in axes.get_xticklabels()] == ["256", "512", "1K"]
     assert "tokens" in axes.get_xlabel()
 
@@ -31,7 +33,23 @@ def test_accuracy_is_drawn_in_order_of_length_with_bands_and_the_training_length
 def test_no_line_and_no_caption_where_there_is_nothing_to_mark() -> None:
     figure = figures.accuracy_by_length({"mean": [{"length": 256, "exact": 0.3}]}, None)
     assert len(figure.axes[0].lines) == 1
-    assert figure.get_supxlabel() == ""
+    assert figure.legends[0].get_title().get_text() == ""
+
+
+@pytest.mark.parametrize("lines", [1, 4, 12])
+def test_the_legend_stands_below_all_data_and_inside_the_figure(lines: int, tmp_path: Path) -> None:
+    labels = [f"forget_more alpha_scale 0.998, insert_scale {i / 10}" for i in range(lines)]
+    curve = {"position": [1.0, 100.0], "loss": [1.0, 0.5]}
+    for figure in (
+        figures.accuracy_by_length(dict.fromkeys(labels, ROWS), 256),
+        figures.loss_by_position(dict.fromkeys(labels, curve), 64),
+    ):
+        figures.save(figure, tmp_path / "a.png")
+        legend, axes = figure.legends[0].get_window_extent(), figure.axes[0]
+        assert legend.y1 <= axes.get_tightbbox().y0
+        assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
+        assert legend.y0 >= 0
+        assert axes.get_window_extent().height > 2.5 * figure.dpi  # nothing of it is given away
 
 
 def test_heatmap_puts_each_cell_at_its_depth_and_length() -> None:

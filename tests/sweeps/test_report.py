@@ -198,6 +198,11 @@ def test_labels_and_the_line_that_opens_the_records():
     assert describe(FORGET) == "forget_more alpha_scale 0.999"
     assert describe(SCALE) == "delta_scale 0.9"
     assert describe(NONE) == "none"
+    for seed in (0, 1):  # 1 is what a factor is left out at
+        assert describe(FORGET, seed) == f"forget_more alpha_scale 0.999, seed {seed}"
+        assert describe(SCALE, seed) == f"delta_scale 0.9, seed {seed}"
+        assert describe(NONE, seed) == f"none, seed {seed}"
+        assert describe({"model.d_state": 1}, seed) == f"d_state 1, seed {seed}"
     assert ui_line("sqlite:///runs/mlflow.db") == "make ui"
     assert ui_line("sqlite:////data/m.db") == "make ui STORE=sqlite:////data/m.db"
     assert ui_line("http://127.0.0.1:5000") == "http://127.0.0.1:5000"
