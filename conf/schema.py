@@ -10,7 +10,6 @@ from typing import Literal
 
 from conf.fields import option, require, require_at_least, section
 from conf.mitigation import MitigationConfig
-
 from conf.passkey import NEEDLE, OPENING, QUESTION
 
 
@@ -229,17 +228,17 @@ class TrainerConfig:
 
 @dataclass(kw_only=True)
 class InitialStateConfig:
-    """The state in which training rows begin (lightning_modules/initial_state.py); validation begins at zero."""
+    """The state in which training rows begin (lightning_modules/initial_state.py)."""
 
     name: Literal["zero", "noise", "fitted_noise", "passed", "carried"] = option(
         "zero",
         "zero; noise: N(0, std^2); fitted_noise: N of each head's final states; passed: another row's final "
         "state of the last batch; carried: the row's own, on consecutive data (truncated BPTT)",
     )
-    reset_probability: float = option(0.0, "each row of each step begins at zero instead with this probability")
+    reset_probability: float = option(0.0, "chance that a row begins at zero all the same, at every step")
     std: float | None = option(None, "noise: standard deviation of every element of every state")
     bptt_segments: int = option(
-        1, "carried: the gradient runs back through so many segments of train_length, the present one included"
+        1, "carried: segments of train_length that the gradient runs back through, the present one included"
     )
 
     def __post_init__(self) -> None:

@@ -38,18 +38,20 @@ def load_model(
     Raises ValueError (one line) for a missing, damaged or foreign file.
     """
     path = Path(path)
-    if (path / WEIGHTS).is_file():
-        config = from_dict(ModelConfig, _saved_config(path).get("model", {}))
-        weights = _read_weights(path / WEIGHTS)
-    else:
-        contents = _load_checkpoint(path)
-        config = from_dict(ModelConfig, contents["config"]["model"])
-        weights = model_weights(contents)
+    config, weights = _read_model(path)
     # Initial values are drawn and overwritten: leave the caller's random numbers alone.
     with torch.random.fork_rng(devices=[]):
-        model = Mamba2LM(config)
+        model = Mamba2LM(from_dict(ModelConfig, config))
     load_weights(model, weights, path)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The parameters of the model at `path` (as for load_model), for `load_weights`.
+
+    Raises ValueError (one line) for a missing, damaged or foreign file.
+    """
+    return _read_model(Path(path))[1]
 
 
 def save_model(model: Mamba2LM, path: str | Path, config: TrainConfig | None = None) -> None:
@@ -183,6 +185,14 @@ def prune(folder: Path, keep: int) -> None:
     """Delete all but the `keep` newest checkpoints."""
     for path in list_checkpoints(folder)[keep:]:
         path.unlink(missing_ok=True)
+
+
+def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and parameters of the model at `path`."""
+    if (path / WEIGHTS).is_file():
+        return _saved_config(path).get("model", {}), _read_weights(path / WEIGHTS)
+    contents = _load_checkpoint(path)
+    return contents["config"]["model"], model_weights(contents)
 
 
 def _load_checkpoint(path: Path) -> dict[str, Any]:

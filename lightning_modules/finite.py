@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_modules.state import ModelState
+
 
 def first_non_finite_gradient(model: nn.Module) -> str | None:
     """The non-finite gradient nearest to the loss: backward runs from the last parameter to the first."""
@@ -19,6 +21,16 @@ def first_non_finite_parameter(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return f"parameter {name}"
+    return None
+
+
+def first_non_finite_state(state: ModelState) -> str | None:
+    """The first layer and row whose recurrent state is not finite."""
+    for number, layer in enumerate(state.layers):
+        for tensor in layer.tensors():
+            rows = (~tensor.isfinite()).flatten(1).any(1).nonzero()
+            if len(rows):
+                return f"the state of layer {number} in row {int(rows[0])}"
     return None
 
 

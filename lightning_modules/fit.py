@@ -18,7 +18,7 @@ from lightning_modules.callbacks.metrics import LogMetrics, TrackerLogger
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.saving import AtomicCheckpointIO, SaveCheckpoints
 from lightning_modules.callbacks.summary import PrintSummary
-from lightning_modules.checkpoints import checkpoint_path, find_newest
+from lightning_modules.checkpoints import checkpoint_path, find_newest, load_weights, read_weights
 from lightning_modules.cpu import has_native_bf16, keep_freed_memory
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.run_dir import RunDir, config_hash, require_same_settings
@@ -52,6 +52,9 @@ def fit(run: RunDir) -> dict[str, Any]:
     if checkpoint_io.path is not None:
         require_same_settings(checkpoint_io.path, checkpoint_io.config(), config)
         print(f"continuing from {checkpoint_io.path}", flush=True)
+    module = LanguageModel(config)
+    if config.init_from is not None and checkpoint_io.path is None:
+        start_from(config.init_from, module)
     tags = {
         "seed": str(config.seed),
         "config_hash": config_hash(config),
@@ -66,7 +69,7 @@ def fit(run: RunDir) -> dict[str, Any]:
         callbacks = [metrics, Progress(config, metrics), PrintSummary(), saving]
         trainer = build_trainer(run, tracker, callbacks, checkpoint_io)
         try:
-            module, data = LanguageModel(config), TokenDataModule(config)
+            data = TokenDataModule(config)
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint_io.path, weights_only=True)
             if metrics.val_step != config.trainer.max_steps:
                 trainer.validate(module, datamodule=data, verbose=False)
@@ -108,6 +111,16 @@ def prepare_process(config: TrainConfig) -> None:
         logging.getLogger(name).addFilter(_is_not_chatter)
     # Lightning 2.6 calls a PyTorch function by its old name, on every batch.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+
+
+def start_from(path: str, module: LanguageModel) -> None:
+    """Give `module` the weights of the model at `path`. Raises ValueError (one line) if they do not fit."""
+    module.configure_model()
+    try:
+        load_weights(module.model, read_weights(path), path)
+    except ValueError as error:
+        raise ValueError(f"init_from={error}") from None
+    print(f"starting from the weights of {path}", flush=True)
 
 
 def build_trainer(

@@ -12,12 +12,21 @@ from torch.optim import Optimizer
 from conf.schema import TrainConfig
 from kernels.cross_entropy import linear_cross_entropy
 from lightning_modules.backbone import Mamba2LM
+from lightning_modules.carried import Carried
 from lightning_modules.finite import first_non_finite_gradient, first_non_finite_parameter, watch_forward
+from lightning_modules.initial_state import Batch, FittedNoise, InitialState, Noise, Passed, Rows
 from lightning_modules.mitigations import build_mitigation
 from lightning_modules.optim import build_optimizer, build_schedule
 from lightning_modules.run_dir import RunError
+from lightning_modules.state import ModelState
 
-Batch = dict[str, Tensor]
+INITIAL_STATES: dict[str, type[InitialState]] = {
+    "zero": InitialState,
+    "noise": Noise,
+    "fitted_noise": FittedNoise,
+    "passed": Passed,
+    "carried": Carried,
+}
 
 
 class LanguageModel(pl.LightningModule):
@@ -35,10 +44,11 @@ class LanguageModel(pl.LightningModule):
         super().__init__()
         self.config = config
         self.mitigation = build_mitigation(config.mitigation, config.model, length=config.data.train_length)
+        self.initial_state = INITIAL_STATES[config.initial_state.name](config, self.mitigation)
         self.train_loss = self.grad_norm = math.nan  # of the last optimizer step
         self.val_metrics: dict[str, float] = {}  # of the last validation
         self._sums: dict[str, Tensor] = {}
-        self._micro_batches: list[Batch] = []
+        self._micro_batches: list[tuple[Batch, ModelState | None]] = []
 
     def configure_model(self) -> None:
         """Build the model once; initial weights depend on the seed alone."""
@@ -54,16 +64,22 @@ class LanguageModel(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """sum(weight * nll) of a micro-batch."""
-        losses, _ = self.model.token_losses(
+        part, count = len(self._micro_batches), len(batch["ids"])
+        first = (part * self.trainer.world_size + self.global_rank) * count
+        rows = Rows(self.global_step, part, first, count)
+        state = self.initial_state.begin(self.model, batch, rows)
+        losses, final = self.model.token_losses(
             batch["ids"],
             batch["targets"],
+            state,
             document_starts=batch.get("document_starts"),
             mitigation=self.mitigation,
         )
+        self.initial_state.end(batch, rows, final)
         loss = (batch["loss_weight"] * losses).sum()
         self._add("loss", loss.detach())
         self._add("weight", batch["loss_weight"].sum())
-        self._micro_batches.append(batch)
+        self._micro_batches.append((batch, None if state is None else state.detach()))
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -77,6 +93,7 @@ class LanguageModel(pl.LightningModule):
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, shares / sums["weight"])
         self._micro_batches.clear()
+        self.initial_state.end_step(self.trainer)
 
     def configure_gradient_clipping(
         self,
@@ -96,6 +113,12 @@ class LanguageModel(pl.LightningModule):
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["initial_state"] = self.initial_state.state_dict(self.trainer)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.initial_state.load_state_dict(checkpoint.get("initial_state", {}), self.trainer)
+
     def on_validation_epoch_start(self) -> None:
         self._sums = {}
 
@@ -109,7 +132,7 @@ class LanguageModel(pl.LightningModule):
         self._add("loss", loss)
         self._add("weight", batch["loss_weight"].sum())
         if not math.isfinite(loss.item()):
-            raise self._non_finite(f"val/loss is {loss.item()}", [batch])
+            raise self._non_finite(f"val/loss is {loss.item()}", [(batch, None)])
         answer = batch["answer"]
         guesses = F.linear(hidden[answer], self.model.lm_head.weight).argmax(-1)
         wrong = torch.zeros_like(answer)
@@ -146,16 +169,17 @@ class LanguageModel(pl.LightningModule):
             raise RunError(f"after step {self.global_step}: no token of the batch has a loss weight")
         return sums
 
-    def _non_finite(self, what: str, batches: list[Batch]) -> RunError:
+    def _non_finite(self, what: str, batches: list[tuple[Batch, ModelState | None]]) -> RunError:
         """The error that names the first tensor to blame: a parameter, or one that the forward pass makes."""
         where = first_non_finite_parameter(self.model)
         precision = self.trainer.precision_plugin.forward_context()
         with torch.no_grad(), precision, watch_forward(self.model) as found:
-            for batch in batches if where is None else []:
+            for batch, state in batches if where is None else []:
                 if not found:
                     self.model.token_losses(
                         batch["ids"],
                         batch["targets"],
+                        state,
                         document_starts=batch.get("document_starts"),
                         mitigation=self.mitigation,
                     )

@@ -1,6 +1,6 @@
 """The recurrent state: what one function that consumes tokens hands to the next."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,6 +74,27 @@ class ModelState:
     def rows(self, index: Tensor) -> "ModelState":
         """Select or repeat rows; `index` (n,) int64."""
         return self._map(lambda t: t.index_select(0, index))
+
+    def zero_rows(self, rows: Tensor) -> "ModelState":
+        """These rows, `rows` (B,) bool, as before their first token."""
+        return self._map(lambda t: t.masked_fill(rows.view(-1, *(1,) * (t.dim() - 1)), 0))
+
+    def ssm_only(self) -> "ModelState":
+        """What a row of other text may begin with: the SSM states; no inputs of a convolution, position 0."""
+        layers = tuple(replace(layer, conv=torch.zeros_like(layer.conv)) for layer in self.layers)
+        return replace(self, layers=layers, position=torch.zeros_like(self.position))
+
+    def to(self, device: torch.device | str) -> "ModelState":
+        return self._map(lambda t: t.to(device))
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, rows first: layer after layer, then the position."""
+        return [*(t for layer in self.layers for t in layer.tensors()), self.position]
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> "ModelState":
+        """A state of this kind made of other tensors, in the order of `tensors()`."""
+        values = iter(tensors)
+        return self._map(lambda _: next(values))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "ModelState":
         layers = tuple(LayerState(conv=function(s.conv), ssm=map_state(function, s.ssm)) for s in self.layers)

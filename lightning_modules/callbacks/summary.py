@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from conf.schema import ModelConfig
+from conf.schema import InitialStateConfig, ModelConfig
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.mitigations import AnyMitigation
 from lightning_modules.optim import parameter_groups
@@ -36,7 +36,15 @@ def summarize(module: LanguageModel) -> Table:
     for label, group in zip(("decayed", "not decayed"), parameter_groups(module.model, 1.0), strict=True):
         table.add_row(label, ", ".join(_compact(group["param_names"])))
     table.add_row("mitigation", module.mitigation.key)
+    table.add_row("initial state", describe_initial_state(config.initial_state))
     return table
+
+
+def describe_initial_state(config: InitialStateConfig) -> str:
+    """The name and what differs from the defaults, such as `passed(reset_probability=0.1)`."""
+    default = vars(InitialStateConfig())
+    changed = [f"{k}={v}" for k, v in vars(config).items() if k != "name" and v != default[k]]
+    return f"{config.name}({', '.join(changed)})" if changed else config.name
 
 
 def state_elements(config: ModelConfig, mitigation: AnyMitigation) -> tuple[int, int]:

@@ -63,6 +63,15 @@ MISTAKES = {
         "belongs to state_norm",
     ],
     "mitigation={name: state_norm, every: 2, max_norm: 0}": ["mitigation.max_norm=0.0", "positive"],
+    "initial_state.name=pased": ["initial_state.name", "pased"],
+    "initial_state.reset_probability=1.5": ["initial_state.reset_probability=1.5", "[0, 1]"],
+    "initial_state.reset_probability=-0.1": ["initial_state.reset_probability=-0.1", "[0, 1]"],
+    "initial_state.bptt_segments=0": ["initial_state.bptt_segments=0", "at least 1"],
+    "initial_state.bptt_segments=2": ["initial_state.bptt_segments=2", "initial_state.name=carried"],
+    "initial_state.std=0.1": ["initial_state.std=0.1", "initial_state.name=noise"],
+    "initial_state.name=noise": ["initial_state.std=None", "noise needs it"],
+    "initial_state={name: noise, std: 0}": ["initial_state.std=0", "positive"],
+    "initial_state.name=carried": ["initial_state.name=carried", "passkey prompts do not continue"],
     "data.curriculum_steps=5": ["data.curriculum_steps=5", "data.curriculum_length"],
     "data.curriculum_length=100": ["data.curriculum_length=100", "divide"],
     "--seed=1": ["--seed=1", "without dashes"],
@@ -77,6 +86,28 @@ def test_a_mistake_is_named_in_one_line(argument: str, fragments: list[str]) -> 
         parse(TrainConfig, [argument])
     for fragment in fragments:
         assert fragment in str(caught.value)
+
+
+CONSECUTIVE = {"data.name": "documents", "data.documents.layout": "consecutive"}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "fragment"),
+    [
+        ("carried", {"data.name": "documents"}, "data.documents.layout=consecutive"),
+        (
+            "carried",
+            {**CONSECUTIVE, "data.curriculum_length": 128, "data.curriculum_steps": 5},
+            "data.curriculum_steps=5",
+        ),
+        ("passed", {**CONSECUTIVE, "data.batch_size": 4, "trainer.accumulate": 4}, "continues itself"),
+        ("fitted_noise", {"mitigation.name": "sliding_window", "mitigation.window": 9}, "sliding_window"),
+    ],
+)
+def test_an_initial_state_that_does_not_suit_the_run(name: str, settings: dict, fragment: str) -> None:
+    with pytest.raises(ValueError, match=rf"\Ainitial_state.name={name}: [^\n]*{fragment}[^\n]*\Z"):
+        parse(TrainConfig, [{"initial_state.name": name, **settings}])
+    parse(TrainConfig, [settings])
 
 
 def test_bad_yaml_is_named_in_one_line(tmp_path: Path) -> None:

@@ -19,6 +19,12 @@ SETTINGS = [
     *("data.val_sequences=6", "optim.warmup_steps=5", "trainer.max_steps=32", "trainer.threads=1"),
     *("trainer.log_every=2", "trainer.val_every=6", "trainer.checkpoint_every=4"),
 ]
+RESETS = "initial_state.reset_probability=0.2"
+CONSECUTIVE = [
+    *("data.name=documents", "data.documents.layout=consecutive", "data.documents.max_tokens=200000"),
+    *("data.curriculum_length=null", "data.curriculum_steps=0"),
+]
+CARRIED = ["initial_state.name=carried", "initial_state.bptt_segments=3"]
 TIMINGS = {"train/tokens_per_second", "tokens_per_second", "peak_memory_mib"}
 
 
@@ -62,6 +68,9 @@ def assert_equal(a: Any, b: Any, where: str) -> None:
     [
         pytest.param(["trainer.accumulate=2"], id="accumulate"),
         pytest.param(["trainer.precision=bf16-mixed", "data.num_workers=1"], id="bf16-workers"),
+        pytest.param(["trainer.accumulate=2", "initial_state.name=passed", RESETS], id="passed"),
+        pytest.param(["initial_state.name=fitted_noise", RESETS], id="fitted-noise"),
+        pytest.param([*CONSECUTIVE, "trainer.accumulate=2", *CARRIED, RESETS], id="carried"),
     ],
 )
 def test_a_run_killed_at_random_moments_ends_bit_identical(tmp_path: Path, extra: list[str]) -> None:
@@ -89,7 +98,7 @@ def test_a_run_killed_at_random_moments_ends_bit_identical(tmp_path: Path, extra
     first, second = (
         torch.load(list_checkpoints(d / "checkpoints")[0], weights_only=True) for d in (whole, killed)
     )
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "rng", "step", "loops"):
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "rng", "step", "loops", "initial_state"):
         assert_equal(first[part], second[part], part)
     assert read_result(whole) == read_result(killed)
     history = read_history(uri, killed)

@@ -1,0 +1,28 @@
+"""Tensors with a value for each row of an optimizer step, shared out among ranks and micro-batches.
+
+Row order is that of the step's samples (data/batches.py): micro-batch by micro-batch, and within one rank by
+rank. Saved in this order they serve any number of ranks.
+"""
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+
+def gather_rows(parts: list[Tensor], trainer: pl.Trainer) -> Tensor:
+    """The whole step's rows, on the CPU of every rank, from this rank's micro-batches (rows, ...) each.
+
+    All ranks call this together.
+    """
+    own = torch.stack(parts)
+    if trainer.world_size == 1:
+        return own.flatten(0, 1).cpu()
+    # As bytes: not every backend moves every dtype.
+    shares = trainer.strategy.all_gather(own.contiguous().view(torch.uint8)).cpu().view(own.dtype)
+    return shares.transpose(0, 1).flatten(0, 2)
+
+
+def own_rows(rows: Tensor, trainer: pl.Trainer) -> list[Tensor]:
+    """The inverse of `gather_rows`: this rank's micro-batches."""
+    shares = rows.unflatten(0, (trainer.accumulate_grad_batches, trainer.world_size, -1))
+    return [share.clone() for share in shares[:, trainer.global_rank]]

@@ -1,0 +1,80 @@
+"""Two gloo processes train as one does, each with its own rows' states, and one continues what two began."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_modules.checkpoints import checkpoint_path
+from tests.lightning_modules.launcher import train
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = [
+    *("model.d_model=32", "model.n_layers=2", "model.d_state=16", "model.headdim=16", "model.chunk_size=32"),
+    *("data.name=documents", "data.documents.layout=consecutive", "data.documents.max_tokens=200000"),
+    *("data.train_length=48", "data.batch_size=8", "data.val_sequences=6", "optim.warmup_steps=2"),
+    *("trainer.max_steps=6", "trainer.threads=1", "trainer.accumulate=2", "trainer.accelerator=cpu"),
+    *("trainer.log_every=1", "trainer.val_every=3", "trainer.checkpoint_every=3", "tracking.enabled=false"),
+]
+KINDS = {
+    "carried": ["initial_state.bptt_segments=2", "initial_state.reset_probability=0.2"],
+    "fitted_noise": ["initial_state.reset_probability=0.2"],
+}
+
+
+def train_on_two(argv: list[str]) -> None:
+    command = [sys.executable, "-m", "lightning_modules.train", *argv, "trainer.devices=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def contents(run_dir: Path, step: int) -> dict:
+    return torch.load(checkpoint_path(run_dir / "checkpoints", step), weights_only=True)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record["metrics"].items() if "per_second" not in k} for record in records]
+
+
+def assert_close(a: object, b: object) -> None:
+    """Nested tensors and numbers: equal but for the rounding of a sum over ranks."""
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor)
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-5)
+    elif isinstance(a, dict):
+        assert isinstance(b, dict)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_close(a[key], b[key])
+    elif isinstance(a, list):
+        assert isinstance(b, list)
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_close(x, y)
+    else:
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_train_as_one(tmp_path: Path, kind: str) -> None:
+    one, two, mixed = tmp_path / "one", tmp_path / "two", tmp_path / "mixed"
+    argv = [*SETTINGS, f"initial_state.name={kind}", *KINDS[kind]]
+    assert train([*argv, f"run_dir={one}"], tmp_path / "output.txt") == 0
+    train_on_two([*argv, f"run_dir={two}"])
+    shutil.copytree(two, mixed)
+    checkpoint_path(mixed / "checkpoints", 6).unlink()
+    (mixed / "result.json").unlink()
+    assert train([*argv, f"run_dir={mixed}"], tmp_path / "output.txt") == 0
+    for part in ("state_dict", "initial_state"):
+        expected = contents(one, 6)[part]
+        for run_dir in (two, mixed):
+            assert_close(expected, contents(run_dir, 6)[part])
+        assert_close(contents(one, 3)[part], contents(two, 3)[part])
+    assert_close(metrics(one), metrics(two))
