@@ -405,6 +405,9 @@ class EvaluateConfig(MeasureConfig):
     """One evaluation of one checkpoint."""
 
     suites: list[str] = option(["passkey", "loss"], "what to measure: passkey, loss")
+    split: Literal["test", "validation"] = option(
+        "test", "held-out text: test to report on, validation to choose settings by"
+    )
     passkey: PasskeyEvalConfig = section(PasskeyEvalConfig)
     loss: LossEvalConfig = section(LossEvalConfig)
 

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from conf.calibrate_schema import CalibrateConfig
 from conf.load import flatten
 from conf.schema import MeasureConfig, TrainConfig
 from data.tokenizers import Tokenizer, load_tokenizer
@@ -32,7 +33,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def tokenizer_of(config: MeasureConfig, trained: TrainConfig) -> Tokenizer:
+def tokenizer_of(config: MeasureConfig | CalibrateConfig, trained: TrainConfig) -> Tokenizer:
     """The tokenizer of a checkpoint. Raises ValueError if its model has too few token ids for it."""
     tokenizer = load_tokenizer(trained.data.tokenizer)
     if tokenizer.vocab_size > trained.model.vocab_size:
@@ -88,6 +89,9 @@ def write_output(path: Path, text: str) -> None:
 def identity(config: MeasureConfig) -> str:
     """Hash of the settings that decide the measurements and of the checkpoint's files."""
     settings = {name: value for name, value in flatten(config).items() if not name.startswith(FREE_SETTINGS)}
+    if config.mitigation.calibration is not None:  # what it says counts, not where it lies
+        contents = Path(config.mitigation.calibration).read_bytes()
+        settings["mitigation.calibration"] = hashlib.sha256(contents).hexdigest()
     path = Path(config.checkpoint)
     files = [*list_checkpoints(path / "checkpoints"), path / WEIGHTS] if path.is_dir() else [path]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]

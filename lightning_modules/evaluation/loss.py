@@ -10,6 +10,7 @@ from data.passkey import PasskeyTask
 from data.sources import locate
 from data.store import TokenStream, build_store
 from data.tokenizers import Tokenizer
+from lightning_modules.evaluation.splits import Split, draw_seed, part_of
 from lightning_modules.evaluation.streaming import Reader, Source
 
 STREAM = 0x7E58  # first word of the generator's seed: no training stream begins with it
@@ -34,24 +35,49 @@ def prompts_source(task: PasskeyTask, train_length: int, prompts: int, seed: int
     return source
 
 
-def held_out_documents(data: DataConfig, tokenizer: Tokenizer) -> TokenStream:
-    """The documents that the training run on `data` never saw, tokenised."""
-    return build_store(locate(data.documents), tokenizer).split(data.documents.val_fraction)[1]
+def held_out_text(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    split: Split,
+    length: int,
+    prompts: int,
+    seed: int,
+    name: str = "loss.length",
+) -> tuple[Source, str]:
+    """`prompts` texts of `length` tokens as in training, which it never saw, and what they are.
+
+    Raises ValueError where the split's documents are shorter than `length`, the setting `name`.
+    """
+    seed = draw_seed(seed, split)
+    if data.name == "passkey":
+        task = PasskeyTask(tokenizer, data.passkey)
+        source = prompts_source(task, data.train_length, prompts, seed)
+        return source, "passkey prompts, one after another"
+    stream = held_out_documents(data, tokenizer, split)
+    return documents_source(stream, length, prompts, seed, name), "held-out documents"
 
 
-def documents_source(stream: TokenStream, length: int, prompts: int, seed: int) -> Source:
+def held_out_documents(data: DataConfig, tokenizer: Tokenizer, split: Split = "test") -> TokenStream:
+    """Of the documents that the training run on `data` never saw, tokenised, those of a split."""
+    held_out = build_store(locate(data.documents), tokenizer).split(data.documents.val_fraction)[1]
+    return part_of(held_out, split)
+
+
+def documents_source(
+    stream: TokenStream, length: int, prompts: int, seed: int, name: str = "loss.length"
+) -> Source:
     """Stretches of the stream from evenly spaced places, behind a random offset.
 
     A stretch runs over the ends of documents and the state is carried across them: what is measured is a
     model that reads on and on.
 
     Raises:
-        ValueError: the stream is too short to hold `length` tokens without repeating itself.
+        ValueError: the stream is too short to hold `length`, the setting `name`, without repeating itself.
     """
     if length >= len(stream):
         raise ValueError(
-            f"loss.length={length}: the held-out documents have only {len(stream)} tokens; shorten it, or "
-            "give the training run more documents or a larger data.documents.val_fraction"
+            f"{name}={length}: the held-out documents of this split have only {len(stream)} tokens; shorten "
+            "it, or give the training run more documents or a larger data.documents.val_fraction"
         )
     offset = np.random.default_rng([STREAM, seed]).integers(len(stream))
     first = offset + np.arange(prompts)[:, None] * (len(stream) // prompts)

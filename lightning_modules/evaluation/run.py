@@ -11,6 +11,7 @@ import torch
 from conf.load import to_dict, to_yaml
 from conf.mitigation import changed_settings
 from conf.schema import EvaluateConfig, TrainConfig
+from lightning_modules.calibration.settle import settle_calibration
 from lightning_modules.checkpoints import load_config, load_model
 from lightning_modules.evaluation.conclusion import conclude, exact_by_length, metrics
 from lightning_modules.evaluation.report import accuracy_table, draw_figures, print_summary
@@ -48,6 +49,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     device = choose_device(config.device)
     trained = load_config(config.checkpoint)
     model = load_model(config.checkpoint, device=device)
+    config = replace(config, mitigation=settle_calibration(config.mitigation, config, trained, model))
 
     def rule(length: int) -> LayerMitigations:
         return build_mitigation(config.mitigation, trained.model, length=length)

@@ -12,6 +12,7 @@ from data.passkey import Layout, PasskeyTask
 from data.tokenizers import Tokenizer
 from lightning_modules.evaluation import loss as losses
 from lightning_modules.evaluation import passkey
+from lightning_modules.evaluation.splits import draw_seed
 from lightning_modules.evaluation.streaming import Reader, Source
 from lightning_modules.mitigations import AnyMitigation
 
@@ -81,12 +82,13 @@ def plan_passkey(config: EvaluateConfig, data: DataConfig, tokenizer: Tokenizer)
         ValueError: a length or the recent window is too short for a prompt, or the window exceeds a length.
     """
     settings, train_length = config.passkey, data.train_length
+    seed = draw_seed(config.seed, config.split)
     task = PasskeyTask(tokenizer, data.passkey)
     lengths = sorted(
         {train_length, *(settings.lengths or [factor * train_length for factor in RECENT_FACTORS])}
     )
     per_length = max(settings.prompts, settings.depths * settings.prompts_per_depth)
-    shortest = passkey.shortest_prompt(task, per_length, config.seed)
+    shortest = passkey.shortest_prompt(task, per_length, seed)
     if lengths[0] < shortest:
         name = "the training length" if lengths[0] == train_length else "passkey.lengths"
         remedy = "use suites=[loss]" if lengths[0] == train_length else "drop it"
@@ -103,11 +105,9 @@ def plan_passkey(config: EvaluateConfig, data: DataConfig, tokenizer: Tokenizer)
     recall_lengths = [n for n in lengths if n <= max(furthest, train_length)] if settings.depths else []
     return PasskeySuite(
         window=window,
-        recent={
-            n: passkey.recent_prompts(task, n, min(window, n), settings.prompts, config.seed) for n in lengths
-        },
+        recent={n: passkey.recent_prompts(task, n, min(window, n), settings.prompts, seed) for n in lengths},
         recall={
-            n: passkey.recall_prompts(task, n, settings.depths, settings.prompts_per_depth, config.seed)
+            n: passkey.recall_prompts(task, n, settings.depths, settings.prompts_per_depth, seed)
             for n in recall_lengths
         },
     )
@@ -121,16 +121,9 @@ def plan_loss(config: EvaluateConfig, data: DataConfig, tokenizer: Tokenizer) ->
     """
     settings, train_length = config.loss, data.train_length
     length = settings.length or LOSS_FACTOR * train_length
-    if data.name == "passkey":
-        task = PasskeyTask(tokenizer, data.passkey)
-        source = losses.prompts_source(task, train_length, settings.prompts, config.seed)
-        text = "passkey prompts, one after another"
-    else:
-        stream = losses.held_out_documents(data, tokenizer)
-        if settings.length is None:
-            length = min(length, len(stream) - 1)
-        source = losses.documents_source(stream, length, settings.prompts, config.seed)
-        text = "held-out documents"
+    if settings.length is None and data.name == "documents":
+        length = min(length, len(losses.held_out_documents(data, tokenizer, config.split)) - 1)
+    source, text = losses.held_out_text(data, tokenizer, config.split, length, settings.prompts, config.seed)
     bucket = settings.bucket or max(1, train_length // 4)
     if bucket > min(length, train_length):
         raise ValueError(

@@ -1,0 +1,33 @@
+"""Which held-out text is for what, so that no number is reported on text that something was chosen on.
+
+Documents: the training run's held-out documents in three parts that share no token. Passkey prompts, which no
+training run has seen: a stream of random numbers for each.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from data.store import TokenStream
+
+Split = Literal["test", "validation", "calibration"]
+# The share of the held-out documents, by tokens, at which each begins and ends.
+PARTS: dict[Split, tuple[float, float]] = {
+    "calibration": (0.0, 0.2),
+    "validation": (0.2, 0.5),
+    "test": (0.5, 1.0),
+}
+
+
+def part_of(held_out: TokenStream, split: Split) -> TokenStream:
+    """The tokens of a split; a document over its border is cut there."""
+    low, high = (held_out.start + int(share * len(held_out)) for share in PARTS[split])
+    return replace(held_out, start=low, stop=high)
+
+
+def draw_seed(seed: int, split: Split) -> int:
+    """The seed of a split's prompts: `seed` itself of the test split, a hash of it of another."""
+    if split == "test":
+        return seed
+    return int(np.random.SeedSequence([seed, *split.encode()]).generate_state(1, np.uint64)[0])
