@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from conf.fields import option, require, require_at_least, section
+from conf.initial_state import InitialStateConfig
 from conf.mitigation import MitigationConfig
 from conf.passkey import NEEDLE, OPENING, QUESTION
 
@@ -224,44 +225,6 @@ class TrainerConfig:
         require_at_least("trainer", self, 1, *names, "checkpoint_every")
         if self.threads is not None:
             require_at_least("trainer", self, 1, "threads")
-
-
-@dataclass(kw_only=True)
-class InitialStateConfig:
-    """The state in which training rows begin (lightning_modules/initial_state.py)."""
-
-    name: Literal["zero", "noise", "fitted_noise", "passed", "carried"] = option(
-        "zero",
-        "zero; noise: N(0, std^2); fitted_noise: N of each head's final states; passed: another row's final "
-        "state of the last batch; carried: the row's own, on consecutive data (truncated BPTT)",
-    )
-    reset_probability: float = option(0.0, "chance that a row begins at zero all the same, at every step")
-    std: float | None = option(None, "noise: standard deviation of every element of every state")
-    bptt_segments: int = option(
-        1, "carried: segments of train_length that the gradient runs back through, the present one included"
-    )
-
-    def __post_init__(self) -> None:
-        require(
-            0 <= self.reset_probability <= 1,
-            "initial_state.reset_probability",
-            self.reset_probability,
-            "must lie in [0, 1]",
-        )
-        require_at_least("initial_state", self, 1, "bptt_segments")
-        require(
-            self.bptt_segments == 1 or self.name == "carried",
-            "initial_state.bptt_segments",
-            self.bptt_segments,
-            "belongs to carried; set initial_state.name=carried or leave it out",
-        )
-        if self.name == "noise":
-            given = self.std is not None and 0 < self.std < math.inf
-            remedy = "noise needs it, positive and finite, e.g. 0.1 (final states' RMS is a good measure)"
-            require(given, "initial_state.std", self.std, remedy)
-        else:
-            remedy = "belongs to noise; set initial_state.name=noise or leave it out"
-            require(self.std is None, "initial_state.std", self.std, remedy)
 
 
 @dataclass(kw_only=True)

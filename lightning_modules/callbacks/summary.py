@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from conf.schema import InitialStateConfig, ModelConfig
+from conf.initial_state import InitialStateConfig
+from conf.schema import ModelConfig
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.mitigations import AnyMitigation
 from lightning_modules.optim import parameter_groups

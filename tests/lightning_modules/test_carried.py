@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from conf.initial_state import InitialStateConfig
 from conf.schema import (
     DataConfig,
     DocumentsConfig,
-    InitialStateConfig,
     OptimConfig,
     TrainConfig,
     TrainerConfig,

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from conf.schema import DataConfig, InitialStateConfig, OptimConfig, TrainConfig, TrainerConfig
+from conf.initial_state import InitialStateConfig
+from conf.schema import DataConfig, OptimConfig, TrainConfig, TrainerConfig
 from lightning_modules.initial_state import FittedNoise, InitialState, Passed, Rows
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.run_dir import RunError

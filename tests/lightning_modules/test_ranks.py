@@ -12,6 +12,7 @@ import torch
 
 from lightning_modules.checkpoints import checkpoint_path
 from tests.lightning_modules.launcher import train
+from tests.lightning_modules.test_resume import assert_equal
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [
@@ -62,15 +63,20 @@ def assert_close(a: object, b: object) -> None:
         assert a == pytest.approx(b, rel=1e-4)
 
 
+def cut_off(whole: Path, copy: Path) -> None:
+    """A copy of a finished run that has lost what came after its first checkpoint."""
+    shutil.copytree(whole, copy)
+    checkpoint_path(copy / "checkpoints", 6).unlink()
+    (copy / "result.json").unlink()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_train_as_one(tmp_path: Path, kind: str) -> None:
     one, two, mixed = tmp_path / "one", tmp_path / "two", tmp_path / "mixed"
     argv = [*SETTINGS, f"initial_state.name={kind}", *KINDS[kind]]
     assert train([*argv, f"run_dir={one}"], tmp_path / "output.txt") == 0
     train_on_two([*argv, f"run_dir={two}"])
-    shutil.copytree(two, mixed)
-    checkpoint_path(mixed / "checkpoints", 6).unlink()
-    (mixed / "result.json").unlink()
+    cut_off(two, mixed)
     assert train([*argv, f"run_dir={mixed}"], tmp_path / "output.txt") == 0
     for part in ("state_dict", "initial_state"):
         expected = contents(one, 6)[part]
@@ -78,3 +84,13 @@ def test_two_ranks_train_as_one(tmp_path: Path, kind: str) -> None:
             assert_close(expected, contents(run_dir, 6)[part])
         assert_close(contents(one, 3)[part], contents(two, 3)[part])
     assert_close(metrics(one), metrics(two))
+
+
+def test_two_ranks_resume_bit_identical(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    argv = [*SETTINGS, "initial_state.name=passed", "initial_state.reset_probability=0.2"]
+    train_on_two([*argv, f"run_dir={whole}"])
+    cut_off(whole, cut)
+    train_on_two([*argv, f"run_dir={cut}"])
+    for part in ("state_dict", "optimizer_states", "initial_state"):
+        assert_equal(contents(whole, 6)[part], contents(cut, 6)[part], part)
