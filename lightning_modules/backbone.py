@@ -1,7 +1,9 @@
 """Mamba-2 (arXiv 2405.21060): parameter names and layouts of the public state-spaces checkpoints."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,9 @@ class GatedRMSNorm(nn.Module):
 class Mamba2(nn.Module):
     """in_proj -> causal convolution -> SSD scan -> gated RMSNorm -> out_proj."""
 
+    # What stands in for `ssd_scan` while a probe reads along: the same function, seen from outside.
+    scan: Callable[..., tuple[Tensor, Any]] | None = None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -83,7 +88,7 @@ class Mamba2(nn.Module):
             document_starts=document_starts,
         )
         x, B, C = xBC.split([c.d_inner, c.n_groups * c.d_state, c.n_groups * c.d_state], dim=-1)
-        y, ssm_state = ssd_scan(
+        y, ssm_state = (self.scan or ssd_scan)(
             x.unflatten(-1, (c.n_heads, c.headdim)),
             dt,
             -self.A_log.float().exp(),

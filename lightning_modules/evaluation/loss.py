@@ -1,9 +1,11 @@
 """Loss by position on long text, averaged over prompts and over buckets of neighbouring positions."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from conf.schema import DataConfig
 from data.passkey import PasskeyTask
@@ -85,22 +87,27 @@ def documents_source(
 
 
 def loss_by_position(reader: Reader, source: Source, length: int, bucket: int) -> dict[str, Any]:
-    """Mean -log p, in nats, of tokens 1 .. length by buckets of `bucket` positions.
+    """Mean -log p, in nats, of tokens 1 .. length by buckets of `bucket` positions, as `bucketed`."""
+    return bucketed(reader.losses(source, length), length, bucket)
+
+
+def bucketed(segments: Iterable[tuple[int, Tensor]], length: int, bucket: int) -> dict[str, Any]:
+    """Losses of tokens 1 .. length, in segments (position of the first, (n, w)), by buckets of positions.
 
     Returns:
         {"bucket", "position": middle of each bucket, "loss": mean over its tokens and all prompts,
-        "non_finite"}. A bucket that met a NaN or an infinity holds None.
+        "non_finite"}. A bucket that met a NaN or an infinity, or was not reached, holds None.
     """
     n_buckets = -(-length // bucket)
     total, count = np.zeros(n_buckets), np.zeros(n_buckets)
-    for first, losses in reader.losses(source, length):
+    for first, losses in segments:
         by_position = losses.double().sum(0).cpu().numpy()
         index = np.arange(first - 1, first - 1 + len(by_position)) // bucket
         np.add.at(total, index, by_position)
         np.add.at(count, index, len(losses))
     starts = np.arange(n_buckets) * bucket
     position = (starts + 1 + np.minimum(starts + bucket, length)) / 2
-    mean = total / count
+    mean = np.divide(total, count, out=np.full(n_buckets, np.nan), where=count > 0)
     return {
         "bucket": bucket,
         "position": position.tolist(),

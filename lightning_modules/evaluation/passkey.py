@@ -28,14 +28,15 @@ BRANCH = 8
 @dataclass(frozen=True)
 class Score:
     """Of n prompts, each (n,): the share of the answer's digit tokens that are right; whether all are;
-    whether the outputs were free of NaN and infinity.
+    whether the outputs were free of NaN and infinity; mean -log p of the digit tokens, in nats.
 
-    A prompt with a non-finite output has answered nothing: digits 0, exact False.
+    A prompt with a non-finite output has answered nothing: digits 0, exact False, loss infinite.
     """
 
     digits: NDArray[np.float64]
     exact: NDArray[np.bool_]
     finite: NDArray[np.bool_]
+    loss: NDArray[np.float64]
 
 
 def recent_prompts(task: PasskeyTask, length: int, window: int, n: int, seed: int) -> Layout:
@@ -78,7 +79,7 @@ def score(reader: Reader, layout: Layout) -> Score:
     tokens without a digit (a byte tokenizer's leading space), writes the whole key.
     """
     n = len(layout)
-    digits, exact, finite = np.zeros(n), np.zeros(n, bool), np.zeros(n, bool)
+    digits, exact, finite, loss = np.zeros(n), np.zeros(n, bool), np.zeros(n, bool), np.zeros(n)
     phase_rows, phase = _phase_rows(layout)
     shared = layout.rows(phase_rows)
     state: ModelState | None = None
@@ -87,8 +88,9 @@ def score(reader: Reader, layout: Layout) -> Score:
         state, _ = reader.read(shared.ids, state, position, branch)
         position = branch
         own = None if state is None else state.rows(torch.from_numpy(phase[block]).to(reader.device))
-        digits[block], exact[block], finite[block] = _answer(reader, layout.rows(block), own, branch)
-    return Score(digits, exact, finite)
+        answer = _answer(reader, layout.rows(block), own, branch)
+        digits[block], exact[block], finite[block], loss[block] = answer
+    return Score(digits, exact, finite, loss)
 
 
 def tokens_to_read(layout: Layout) -> int:
@@ -109,7 +111,8 @@ def accuracy(scores: Score) -> dict[str, Any]:
     for name, share in (("digits", scores.digits.mean()), ("exact", scores.exact.mean())):
         low, high = wilson_interval(float(share), n)
         row |= {name: float(share), f"{name}_low": low, f"{name}_high": high}
-    return row | {"non_finite": not scores.finite.all()}
+    finite = bool(scores.finite.all())
+    return row | {"answer_loss": float(scores.loss.mean()) if finite else None, "non_finite": not finite}
 
 
 def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -121,7 +124,7 @@ def wilson_interval(share: float, n: int, z: float = 1.959964) -> tuple[float, f
 
 def select(scores: Score, rows: NDArray[np.bool_]) -> Score:
     """The scores of some prompts."""
-    return Score(scores.digits[rows], scores.exact[rows], scores.finite[rows])
+    return Score(scores.digits[rows], scores.exact[rows], scores.finite[rows], scores.loss[rows])
 
 
 def _lay(task: PasskeyTask, length: int, window: int, draws: NDArray[np.float64]) -> Layout:
@@ -150,14 +153,17 @@ def _blocks(layout: Layout) -> Iterator[tuple[int, NDArray[np.int64]]]:
 @torch.inference_mode()
 def _answer(
     reader: Reader, rows: Layout, state: ModelState | None, begin: int
-) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Read from `begin` to the end; digits, exact and finite of each row."""
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float64]]:
+    """Read from `begin` to the end; digits, exact, finite and loss of each row."""
     length = rows.length
     width = max(len(carries) for carries in rows.carries_digit)
     _, hidden = reader.read(rows.ids, state, begin, length - 1, keep=width)
     logits = reader.model.lm_head(hidden)
-    right = logits.argmax(-1).cpu().numpy() == rows.ids(length - width, length)
+    ids = rows.ids(length - width, length)
+    right = logits.argmax(-1).cpu().numpy() == ids
     finite = logits.isfinite().flatten(1).all(1).cpu().numpy()
     asked = rows.answer(length - width, length)
     digits = (right & asked).sum(1) / asked.sum(1)
-    return digits * finite, (right | ~asked).all(1) & finite, finite
+    surprise = -logits.double().log_softmax(-1).gather(2, torch.from_numpy(ids[..., None]).to(logits.device))
+    loss = np.where(asked, surprise[..., 0].cpu().numpy(), 0.0).sum(1) / asked.sum(1)
+    return digits * finite, (right | ~asked).all(1) & finite, finite, np.where(finite, loss, np.inf)

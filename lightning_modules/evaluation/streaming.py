@@ -15,6 +15,10 @@ from lightning_modules.state import ModelState
 # Tokens [begin, end) of n rows as (n, end - begin) int64, written out on demand: no row ever exists whole.
 Source = Callable[[int, int], NDArray[np.int64]]
 
+# Tokens of a forward pass, over all rows, that keep a machine busy: strides of so many are read one by one,
+# since the state at the end of a segment costs nothing.
+ENOUGH = 1024
+
 
 class Reader:
     """One model under one mitigation, and the tally of what it has read.
@@ -67,25 +71,44 @@ class Reader:
 
         The source must hold length + 1 tokens; logits exist for a slice of a segment at a time.
         """
-        state: ModelState | None = None
-        for low, high, ids in self._segments(source, 0, length):
+        for first, losses, _ in self.losses_from(source, None, 0, length):
+            yield first, losses
+
+    @torch.inference_mode()
+    def losses_from(
+        self, source: Source, state: ModelState | None, begin: int, end: int, stride: int | None = None
+    ) -> Iterator[tuple[int, Tensor, ModelState]]:
+        """-log p of tokens begin + 1 .. end, and the state behind each segment, as `losses` and `read`.
+
+        stride: segments hold whole strides counted from `begin`, or lie within one.
+        """
+        for low, high, ids in self._segments(source, begin, end, stride):
             targets = torch.cat([ids[:, 1:], self._ids(source(high, high + 1))], 1)
             start = time.perf_counter()
             losses, state = self.model.token_losses(ids, targets, state, mitigation=self.mitigation)
             self._count(ids, start)
-            yield low + 1, losses
+            yield low + 1, losses, state
 
-    def _segments(self, source: Source, begin: int, end: int) -> Iterator[tuple[int, int, Tensor]]:
+    def _segments(
+        self, source: Source, begin: int, end: int, stride: int | None = None
+    ) -> Iterator[tuple[int, int, Tensor]]:
         """Split [begin, end) so that rows x tokens of a segment stay near `self.segment`."""
         if begin == end:
             return
         rows = len(source(begin, begin + 1))
-        chunk = self.model.config.chunk_size
         width = max(1, self.segment // rows)
-        width -= width % chunk if width > chunk else 0  # whole chunks of the scan waste no padding
-        for low in range(begin, end, width):
+        unit = self.model.config.chunk_size  # whole chunks of the scan waste no padding
+        if stride is not None and stride <= width:
+            unit = stride
+            width = stride if rows * stride >= ENOUGH else width
+        width -= width % unit if width > unit else 0
+        low = begin
+        while low < end:
             high = min(low + width, end)
+            if stride is not None and stride > width:
+                high = min(high, low + stride - (low - begin) % stride)
             yield low, high, self._ids(source(low, high))
+            low = high
 
     def _ids(self, ids: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(ids).to(self.device)
