@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ import torch
 from conf.load import flatten
 from conf.schema import TrainConfig
 from data.module import TokenDataModule
+from lightning_modules.calibration.file import read_calibration
 from lightning_modules.callbacks.metrics import LogMetrics, TrackerLogger
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.saving import AtomicCheckpointIO, SaveCheckpoints
@@ -114,12 +116,18 @@ def prepare_process(config: TrainConfig) -> None:
 
 
 def start_from(path: str, module: LanguageModel) -> None:
-    """Give `module` the weights of the model at `path`. Raises ValueError (one line) if they do not fit."""
+    """Give `module` the weights of the model at `path`.
+
+    Raises ValueError (one line) if they do not fit, or the mitigation's calibration belongs to other weights.
+    """
     module.configure_model()
     try:
         load_weights(module.model, read_weights(path), path)
     except ValueError as error:
         raise ValueError(f"init_from={error}") from None
+    rule = module.config.mitigation
+    if rule.calibration is not None:
+        read_calibration(rule.calibration, rule.name).require_weights(Path(rule.calibration), module.model)
     print(f"starting from the weights of {path}", flush=True)
 
 

@@ -21,6 +21,7 @@ from lightning_modules.evaluate import main as evaluate
 from lightning_modules.evaluation.loss import held_out_documents
 from lightning_modules.evaluation.splits import PARTS, draw_seed
 from lightning_modules.mitigations import build_mitigation
+from tests.lightning_modules.launcher import train
 
 TINY = ("model.d_model=16", "model.d_state=8", "model.headdim=8", "model.chunk_size=16")
 TRAINED = (*TINY, "data.train_length=128")
@@ -134,6 +135,22 @@ def test_thresholds_are_for_the_length_of_the_prompt(checkpoint: Path) -> None:
     assert torch.equal(thresholds(512), thresholds(128, setting=512))
     with pytest.raises(ValueError, match=r"mitigation.length=None: .* give their number"):
         thresholds(None)
+
+
+def test_training_starts_from_the_calibrated_weights_and_is_measured_under_them(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    calibrate([f"checkpoint={checkpoint}", "mitigation.name=state_norm", *QUICK])
+    rule = options("state_norm", beside(checkpoint, "state_norm"))
+    few = ("trainer.max_steps=2", "data.batch_size=2", "data.val_sequences=2", "tracking.enabled=false")
+    argv = [*TRAINED, *few, *rule]
+    other, output = save(tmp_path / "other", 1), tmp_path / "output.txt"
+    assert train([*argv, f"init_from={other}", f"run_dir={tmp_path / 'no'}"], output) == 2
+    assert "belongs to other weights" in output.read_text()
+    run = tmp_path / "run"
+    assert train([*argv, f"init_from={checkpoint}", f"run_dir={run}"], output) == 0, output.read_text()
+    evaluate([f"checkpoint={run}", f"run_dir={tmp_path / 'out'}", *READ, *rule])
+    assert (tmp_path / "out" / "result.json").is_file()
 
 
 def test_every_mistake_is_one_line(
