@@ -101,11 +101,12 @@ def compiled(launch: Any, shape: str) -> Report:
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     if isinstance(launch, str):  # the wrapper failed
         return Report(launch.split(":")[0], shape, "", error=launch.split(": ", 1)[1])
     names = [name for name, _ in launch.signature]
-    source = ASTSource(
+    source = (GluonASTSource if launch.kernel.is_gluon() else ASTSource)(
         fn=launch.kernel,
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),

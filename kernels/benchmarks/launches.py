@@ -92,6 +92,9 @@ def specialise(kernel: Any, *args: Any, **kwargs: Any) -> Launch:
             signature[name] = "*" + TYPES[value.dtype]
             if value.storage_offset() * value.element_size() % ALIGNMENT == 0:
                 aligned.append(name)
+        elif hasattr(value, "block_shape"):  # a descriptor of a tensor, which TMA reads by tiles
+            kind, block = TYPES[value.base.dtype], list(value.block_shape)
+            signature[name] = f"tensordesc<{kind}{block},{value.layout!r}>"
         elif isinstance(value, bool | int | float):
             signature[name] = parameter.annotation_type or _scalar(value)
             if free and type(value) is int and value % ALIGNMENT == 0:

@@ -20,6 +20,7 @@ from kernels.ssd.triton_decay import decay_sums_backward_kernel, decay_sums_kern
 from kernels.ssd.triton_forward import scan_forward_kernel
 from kernels.ssd.triton_rows import Packing
 from kernels.ssd.triton_schedule import (
+    Schedule,
     chunk_gradient_configs,
     forward_configs,
     group_gradient_configs,
@@ -32,7 +33,7 @@ from kernels.ssd.triton_schedule import (
 from kernels.ssd.triton_states import merge_kernel, states_kernel
 from kernels.tuning import Config, bucket, pick
 
-HEADS_PER_BLOCK, MERGE_BLOCK = 16, 1024
+HEADS_PER_BLOCK, MERGE_BLOCK = 16, 256
 # Stands for an absent upper limit of dt: an infinity does not survive torch.compile's source.
 LARGEST = 3.0e38
 
@@ -77,20 +78,27 @@ class Launches:
         self.batch, self.length, self.heads, self.headdim = x.shape
         self.groups, self.d_state = B.shape[2:]
         self.shape = (self.headdim, self.d_state, x.element_size())
+        self.rows = self.batch if cu_seqlens is None else len(cu_seqlens) - 1
+        self.plan = self._plan(segments, packed=cu_seqlens is not None)
         self.packing = None
-        if cu_seqlens is None:
-            self.rows = self.batch
-            sizes = (self.length, self.heads, self.headdim, self.d_state, x.element_size())
-            self.plan = schedule(self.rows, *sizes, processors(x.device), segments)
-            self.chunks = triton.cdiv(self.length, self.plan.chunk)
-        else:
-            self.rows = len(cu_seqlens) - 1
-            self.plan = packed_schedule(self.length, self.rows, self.headdim, self.d_state, x.element_size())
+        if cu_seqlens is not None:
             self.packing = Packing.of(cu_seqlens, self.length, self.plan.chunk)
-            self.chunks = self.plan.slab_chunks
+        self.chunks = (
+            triton.cdiv(self.length, self.plan.chunk) if cu_seqlens is None else self.plan.slab_chunks
+        )
         self.block_p = tile(self.headdim, x.element_size())
         self.block_n = tile(self.d_state, x.element_size())
         self.even = self.headdim == self.block_p and self.d_state == self.block_n
+
+    def _plan(self, segments: int, packed: bool) -> Schedule:
+        if packed:
+            return packed_schedule(self.length, self.rows, *self.shape)
+        return schedule(self.rows, self.length, self.heads, *self.shape, processors(self.x.device), segments)
+
+    @property
+    def held_shape(self) -> tuple[int, int]:
+        """A state as the backward pass keeps it."""
+        return self.d_state, self.headdim
 
     @property
     def cu_seqlens(self) -> Tensor | None:
@@ -189,7 +197,7 @@ class Launches:
         size = self.headdim * self.d_state
         merge_kernel[(self.rows * self.heads * triton.cdiv(size, MERGE_BLOCK),)](
             borders, keeps, start, plan.segments, self.heads, size,
-            BLOCK=MERGE_BLOCK, BACKWARDS=backwards, INITIAL=start is not None,
+            BLOCK=MERGE_BLOCK, BACKWARDS=backwards, INITIAL=start is not None, num_warps=1,
         )  # fmt: skip
 
     def states(
@@ -241,7 +249,7 @@ class Launches:
         dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=x.device) for _ in range(2))
         dsums, dinserts = torch.empty_like(sums), torch.empty_like(inserts)
         slots = self.slots(plan.slab_chunks)
-        buffer = (slots, self.heads, self.d_state, self.headdim)
+        buffer = (slots, self.heads, *self.held_shape)
         states, dstates = (x.new_empty(buffer) for _ in range(2))
         dD = sums.new_zeros(() if D is None else (plan.slabs, slots, *D.shape))
         dinitial = torch.zeros_like(self.state()) if dfinal is None else dfinal.clone()
@@ -253,7 +261,7 @@ class Launches:
             first = slab * plan.slab_chunks
             chunks = min(plan.slab_chunks, self.chunks - first)
             where = (first // plan.segment_chunks, triton.cdiv(chunks, plan.segment_chunks))
-            span = {"first": first, "chunks": chunks, "segments": where}
+            span: dict[str, Any] = {"first": first, "chunks": chunks, "segments": where}
             self.states(x, B, sums, inserts, backwards=False, borders=borders, states=states, **span)
             self.states(
                 dy, C, sums, inserts, backwards=True, borders=ends, states=dstates, ends=dinitial, **span

@@ -7,8 +7,23 @@ import triton
 from torch import Tensor
 
 from kernels.ssd.triton_launch import LARGEST, Decay, Launches
-from kernels.ssd.triton_schedule import LARGEST_STATE
+from kernels.ssd.triton_schedule import LARGEST_STATE, is_hopper
 from kernels.triton_support import on_device
+
+# What the kernels of `hopper_launch` take; all else runs on those of `triton_launch`.
+HOPPER_DTYPES = (torch.bfloat16, torch.float16)
+HOPPER_HEADDIMS, HOPPER_D_STATES = (64, 128), (16, 32, 64, 128, 256)
+
+
+def _launches(x: Tensor, B: Tensor, *rest: Any) -> Launches:
+    """The launches of a call: on the kernels for Hopper where they fit, by device, dtype and sizes alone."""
+    sizes = x.shape[3] in HOPPER_HEADDIMS and B.shape[3] in HOPPER_D_STATES
+    if sizes and x.dtype in HOPPER_DTYPES and is_hopper(x.device):
+        from kernels.ssd.hopper_launch import HopperLaunches  # needs a Triton that has Gluon
+
+        return HopperLaunches(x, B, *rest)
+    return Launches(x, B, *rest)
+
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -36,7 +51,7 @@ def _scan(
     """y, final state, chunk sums, insertion weights, states that enter the segments."""
     decay = Decay(dt, rate, log_alpha, weight, bias, insert, softplus, low, high)
     with on_device(x):
-        call = Launches(x, B, C, documents, cu_seqlens, segments)
+        call = _launches(x, B, C, documents, cu_seqlens, segments)
         sums, inserts = call.decay_sums(decay)
         y, final, borders = call.forward(sums, inserts, D, initial)
     return y, final, sums, inserts, borders
@@ -62,7 +77,7 @@ def _scan_fake(
     high: float,
     segments: int,
 ) -> Outputs:
-    call = Launches(x, B, C, documents, cu_seqlens, segments)
+    call = _launches(x, B, C, documents, cu_seqlens, segments)
     sums = x.new_empty(call.batch, call.heads, call.length, dtype=torch.float32)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return y, call.state(), sums, torch.empty_like(sums), call.state(call.plan.segments)
@@ -98,7 +113,7 @@ def _scan_backward(
     """dx, ddt, gradients of rate, log_alpha, weight and bias (4, H), dinsert, dB, dC, dD, dinitial."""
     decay = Decay(dt, rate, log_alpha, weight, bias, insert, softplus, low, high)
     with on_device(x):
-        call = Launches(x, B, C, documents, cu_seqlens, segments)
+        call = _launches(x, B, C, documents, cu_seqlens, segments)
         dx, dB, dC, dsums, dinserts, dD, dinitial = call.backward(sums, inserts, D, borders, dy, dfinal)
         ddt, dinsert, per_head = call.decay_sums_backward(decay, dsums, dinserts)
     return dx, ddt, per_head, dinsert, dB, dC, dD, dinitial

@@ -136,3 +136,11 @@ def processors(device: torch.device) -> int:
     if INTERPRET or device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernels written for Hopper can run; so it is taken where kernels are only compiled."""
+    if INTERPRET:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9

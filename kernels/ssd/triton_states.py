@@ -109,7 +109,8 @@ def merge_kernel(
     state = tl.zeros((BLOCK,), tl.float32)
     if INITIAL:
         state = tl.load(initial + (row * H + h) * size + i, mask=i < size, other=0.0)
-    for j in range(0, segments):
+    # loads run ahead of the sum: each segment is another address
+    for j in tl.range(0, segments, num_stages=6):
         segment = (segments - 1 - j) if BACKWARDS else j
         place = (row * segments + segment) * H + h
         added = tl.load(borders + place * size + i, mask=(i < size) & (j < segments - 1), other=0.0)
