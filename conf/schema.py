@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from conf.diagnosis import ProbeConfig, ThresholdsConfig
 from conf.fields import option, require, require_at_least, section
 from conf.initial_state import InitialStateConfig
 from conf.mitigation import MitigationConfig
@@ -254,6 +255,7 @@ class TrainConfig:
     trainer: TrainerConfig = section(TrainerConfig)
     mitigation: MitigationConfig = section(MitigationConfig)
     initial_state: InitialStateConfig = section(InitialStateConfig)
+    probe: ProbeConfig = section(ProbeConfig)
     tracking: TrackingConfig = section(TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -378,3 +380,43 @@ class EvaluateConfig(MeasureConfig):
         super().__post_init__()
         known = bool(self.suites) and set(self.suites) <= {"passkey", "loss"}
         require(known, "suites", self.suites, "choose from [passkey, loss]")
+
+
+@dataclass(kw_only=True)
+class DiagnoseConfig(MeasureConfig):
+    """One diagnosis of one checkpoint."""
+
+    length: int | None = option(None, "tokens to stream; none: 16x the training length")
+    prompt: Literal["auto", "newline", "sentence", "random", "documents", "passkey"] = option(
+        "auto", "what to stream; auto: what the checkpoint was trained on (passkey: the task's filler)"
+    )
+    prompts: int = option(4, "rows of the prompt, averaged")
+    sentence: str = option("The quick brown fox jumps over the lazy dog. ", "what prompt=sentence repeats")
+    stride: int | None = option(
+        None, "tokens between measured states beyond the training length; none: so that there are about 256"
+    )
+    bucket: int | None = option(None, "tokens per averaged bucket of loss; none: train_length / 4")
+    remembrance: int | None = option(
+        None, "length at which effective remembrance is measured, 0: not at all; none: 4x the training length"
+    )
+    needle_prompts: int = option(32, "of a passkey checkpoint: prompts a length, their needles recent")
+    refine: int = option(3, "of a passkey checkpoint: halvings of the interval in which collapse begins")
+    thresholds: ThresholdsConfig = section(ThresholdsConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("length", "prompts", "stride", "bucket", "needle_prompts"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "must be at least 1")
+        require(self.refine >= 0, "refine", self.refine, "must be at least 0")
+        name = self.mitigation.name
+        require(name != "all", "mitigation.name", name, "a diagnosis is of one; evaluate compares them")
+        enough = self.remembrance in (None, 0) or self.remembrance >= 8
+        require(enough, "remembrance", self.remembrance, "must be 0, or at least 8 tokens")
+
+    def length_for(self, train_length: int) -> int:
+        return self.length or 16 * train_length
+
+    def remembrance_for(self, train_length: int) -> int:
+        length = 4 * train_length if self.remembrance is None else self.remembrance
+        return min(length, self.length_for(train_length))

@@ -32,7 +32,7 @@ def accuracy_by_length(
         series: label -> rows with "length", "exact" and, for a band, "exact_low" and "exact_high".
         train_length: marked by a vertical line; None when the lines differ in it.
     """
-    figure, axes = _new(title)
+    figure, axes = new_figure(title)
     lengths = sorted({row["length"] for rows in series.values() for row in rows})
     banded = False
     for i, (label, rows) in enumerate(series.items()):
@@ -45,8 +45,8 @@ def accuracy_by_length(
             low, high = ([row[f"exact_{side}"] for row in rows] for side in ("low", "high"))
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             banded = True
-    _length_axis(axes, lengths[:: -(-len(lengths) // 12)], "prompt length (tokens)")
-    _mark_train_length(axes, train_length)
+    length_axis(axes, lengths[:: -(-len(lengths) // 12)], "prompt length (tokens)")
+    mark_train_length(axes, train_length)
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel("exact match")
     add_legend(figure, "bands: Wilson 95% intervals" if banded else None)
@@ -65,7 +65,7 @@ def passkey_heatmap(
     for cell in cells:
         grid[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["exact"]
 
-    figure, axes = _new(
+    figure, axes = new_figure(
         title, width=2.6 + 0.85 * max(4, len(lengths)), height=1.8 + 0.36 * max(5, len(depths))
     )
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
@@ -108,23 +108,31 @@ def loss_by_position(
 
     series: label -> {"position": [...], "loss": [...]}.
     """
-    figure, axes = _new(title)
+    figure, axes = new_figure(title)
     for i, (label, curve) in enumerate(series.items()):
         position = np.array(curve["position"])
         loss = np.array([np.nan if value is None else value for value in curve["loss"]])
         colour = COLOURS[i % len(COLOURS)]
         axes.plot(position, loss, color=colour, alpha=0.35, linewidth=1)
-        _, stretch = np.unique(_stretches(position, train_length), return_inverse=True)
-        middles, means = (np.bincount(stretch, of) / np.bincount(stretch) for of in (position, loss))
+        middles, means = stretch_means(position, loss, train_length)
         axes.plot(middles, means, label=label, color=colour, linewidth=2, marker=".", zorder=3)
     positions = [p for curve in series.values() for p in curve["position"]]
-    _length_axis(axes, _powers_of_two(min(positions), max(positions)), "position (tokens)")
-    _mark_train_length(axes, train_length)
+    length_axis(axes, powers_of_two(min(positions), max(positions)), "position (tokens)")
+    mark_train_length(axes, train_length)
     axes.set_ylabel("loss (nats per token)")
     axes.set_ylim(bottom=0)
     words = f"pale: as measured; bold: mean over stretches of {short_number(train_length)} tokens or more"
     add_legend(figure, words)
     return figure
+
+
+def stretch_means(
+    position: NDArray[np.float64], loss: NDArray[np.float64], train_length: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean positions and losses of stretches of one training length, longer ones far out."""
+    _, stretch = np.unique(_stretches(position, train_length), return_inverse=True)
+    count = np.bincount(stretch)
+    return np.bincount(stretch, position) / count, np.bincount(stretch, loss) / count
 
 
 def add_legend(figure: Figure, caption: str | None = None) -> None:
@@ -159,7 +167,8 @@ def short_number(n: float) -> str:
     return f"{n:g}"
 
 
-def _new(title: str, width: float = 7.0, height: float = 4.2) -> tuple[Figure, Axes]:
+def new_figure(title: str, width: float = 7.0, height: float = 4.2) -> tuple[Figure, Axes]:
+    """An empty figure with one pair of axes, titled on the left."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -168,7 +177,7 @@ def _new(title: str, width: float = 7.0, height: float = 4.2) -> tuple[Figure, A
     return figure, axes
 
 
-def _length_axis(axes: Axes, ticks: Sequence[float], label: str) -> None:
+def length_axis(axes: Axes, ticks: Sequence[float], label: str) -> None:
     """A log axis with its labels at the measured lengths."""
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
@@ -179,7 +188,8 @@ def _length_axis(axes: Axes, ticks: Sequence[float], label: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _mark_train_length(axes: Axes, train_length: int | None) -> None:
+def mark_train_length(axes: Axes, train_length: int | None) -> None:
+    """A dashed line at the training length, if there is one."""
     if train_length is None:
         return
     axes.axvline(train_length, color=GREY, linestyle="--", linewidth=1.2, zorder=2)
@@ -202,7 +212,8 @@ def _stretches(position: NDArray[np.float64], train_length: int) -> NDArray[np.i
     return np.searchsorted(ends, position)
 
 
-def _powers_of_two(low: float, high: float) -> list[float]:
+def powers_of_two(low: float, high: float) -> list[float]:
+    """At most a dozen ticks from `low` to `high`."""
     first, last = int(np.floor(np.log2(low))), int(np.ceil(np.log2(high)))
     step = max(1, -(-(last - first) // 11))
     return [2.0**i for i in range(first, last + 1, step)]

@@ -17,6 +17,7 @@ from conf.schema import TrainConfig
 from data.module import TokenDataModule
 from lightning_modules.calibration.file import read_calibration
 from lightning_modules.callbacks.metrics import LogMetrics, TrackerLogger
+from lightning_modules.callbacks.probe import OverLengthProbe
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.saving import AtomicCheckpointIO, SaveCheckpoints
 from lightning_modules.callbacks.summary import PrintSummary
@@ -68,7 +69,8 @@ def fit(run: RunDir) -> dict[str, Any]:
         tracker.log_artifact(run.path / "config.yaml")
         metrics = LogMetrics(config, tracker)
         saving = SaveCheckpoints(config, run.checkpoints, termination, tracker.run_id)
-        callbacks = [metrics, Progress(config, metrics), PrintSummary(), saving]
+        probes = [OverLengthProbe(config)] if config.probe.factor else []
+        callbacks = [*probes, metrics, Progress(config, metrics), PrintSummary(), saving]
         trainer = build_trainer(run, tracker, callbacks, checkpoint_io)
         try:
             data = TokenDataModule(config)

@@ -18,6 +18,7 @@ Source = Callable[[int, int], NDArray[np.int64]]
 # Tokens of a forward pass, over all rows, that keep a machine busy: strides of so many are read one by one,
 # since the state at the end of a segment costs nothing.
 ENOUGH = 1024
+MOST = 16  # strides of a segment: their states are in memory together
 
 
 class Reader:
@@ -100,7 +101,7 @@ class Reader:
         unit = self.model.config.chunk_size  # whole chunks of the scan waste no padding
         if stride is not None and stride <= width:
             unit = stride
-            width = stride if rows * stride >= ENOUGH else width
+            width = stride if rows * stride >= ENOUGH else min(width, MOST * stride)
         width -= width % unit if width > unit else 0
         low = begin
         while low < end:

@@ -1,0 +1,72 @@
+"""Prompts to stream through a model: any length, written out on demand."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conf.schema import DataConfig, DiagnoseConfig
+from data.passkey import PasskeyTask
+from data.tokenizers import Tokenizer
+from lightning_modules.evaluation.loss import documents_source, held_out_documents
+from lightning_modules.evaluation.streaming import Source
+
+STREAM = 0xD1A6  # first word of the generator's seed: no training stream begins with it
+RANDOM_BLOCK = 1024  # random tokens drawn together
+
+DESCRIPTIONS = {
+    "newline": "a newline, repeated",
+    "sentence": "one sentence, repeated",
+    "random": "random tokens",
+    "documents": "held-out documents",
+    "passkey": "the passkey task's filler",
+}
+
+
+def choose_prompt(config: DiagnoseConfig, data: DataConfig) -> str:
+    """The prompt's name: the setting, or what the checkpoint was trained on."""
+    return data.name if config.prompt == "auto" else config.prompt
+
+
+def prompt_source(name: str, config: DiagnoseConfig, data: DataConfig, tokenizer: Tokenizer) -> Source:
+    """`config.prompts` rows of the prompt `name`; of newlines one row, since all would be equal.
+
+    Raises:
+        ValueError: the held-out documents are too short, or a text has no tokens.
+    """
+    if name == "newline":
+        return repeat(tokenizer.encode("\n"), 1)
+    if name == "sentence":
+        ids = tokenizer.encode(config.sentence)
+        if len(ids) == 0:
+            raise ValueError(f"sentence={config.sentence!r}: has no tokens; give a text")
+        return repeat(ids, config.prompts)
+    if name == "passkey":
+        return filler_source(data, tokenizer, config.prompts)
+    if name == "random":
+        return random_source(tokenizer.vocab_size, config.prompts, config.seed)
+    stream, length = held_out_documents(data, tokenizer), config.length_for(data.train_length)
+    return documents_source(stream, length, config.prompts, config.seed, "length")
+
+
+def filler_source(data: DataConfig, tokenizer: Tokenizer, rows: int) -> Source:
+    """What passkey prompts are full of, without needle and question."""
+    return repeat(PasskeyTask(tokenizer, data.passkey).filler, rows)
+
+
+def repeat(ids: NDArray[np.int64], rows: int) -> Source:
+    """`ids` over and over; the rows begin at evenly spaced places of it."""
+    phase = (np.arange(rows) * len(ids) // rows)[:, None]
+    return lambda begin, end: ids[(np.arange(begin, end) + phase) % len(ids)]
+
+
+def random_source(vocab_size: int, rows: int, seed: int) -> Source:
+    """Independent tokens, uniform over the vocabulary; any stretch is cut from one fixed text."""
+
+    def source(begin: int, end: int) -> NDArray[np.int64]:
+        first, last = begin // RANDOM_BLOCK, -(-end // RANDOM_BLOCK)
+        blocks = [
+            np.random.default_rng([STREAM, seed, block]).integers(vocab_size, size=(rows, RANDOM_BLOCK))
+            for block in range(first, last)
+        ]
+        return np.concatenate(blocks, 1)[:, begin - first * RANDOM_BLOCK : end - first * RANDOM_BLOCK]
+
+    return source
