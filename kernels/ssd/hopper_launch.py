@@ -11,7 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.ssd.hopper_forward import hopper_forward_kernel
 from kernels.ssd.hopper_gradient import hopper_gradient_kernel
-from kernels.ssd.hopper_states import hopper_states_kernel
+from kernels.ssd.hopper_states import hopper_ends_kernel, hopper_slab_kernel
 from kernels.ssd.hopper_tiles import CHANNELS, CHUNK
 from kernels.ssd.triton_launch import Launches
 from kernels.ssd.triton_schedule import SLAB_BYTES, Schedule, processors
@@ -76,6 +76,7 @@ class HopperLaunches(Launches):
 
     def __init__(self, x: Tensor, B: Tensor, C: Tensor, *rest: Any) -> None:
         super().__init__(_readable(x), _readable(B), _readable(C), *rest)
+        self._descriptors: dict[tuple[int, int], TensorDescriptor] = {}
 
     def _plan(self, segments: int, packed: bool) -> Schedule:
         if packed:
@@ -98,8 +99,9 @@ class HopperLaunches(Launches):
             self.segment_states(self.x, self.B, sums, inserts, borders, initial, backwards=False)
         programs = self.rows * self.heads * (self.headdim // CHANNELS)
         hopper_forward_kernel[(programs * (plan.segments if plan.parallel else 1),)](
-            _tokens(self.x, CHANNELS), _tokens(self.B, self.d_state), _tokens(self.C, self.d_state),
-            _tokens(y, CHANNELS), y, sums, inserts, D, self.documents, initial, borders, self.cu_seqlens,
+            self._tokens(self.x, CHANNELS), self._tokens(self.B, self.d_state),
+            self._tokens(self.C, self.d_state),
+            self._tokens(y, CHANNELS), y, sums, inserts, D, self.documents, initial, borders, self.cu_seqlens,
             final, self.length, plan.segments, plan.segment_chunks, self.heads, self.heads // self.groups,
             P=self.headdim, D_KIND=0 if D is None else D.dim(), DOCUMENTS=self.documents is not None,
             INITIAL=initial is not None, PARALLEL=plan.parallel, VARLEN=self.packing is not None,
@@ -107,37 +109,57 @@ class HopperLaunches(Launches):
         )  # fmt: skip
         return y, final, borders
 
-    def states(
+    def segment_ends(
         self,
         u: Tensor,
         V: Tensor,
         sums: Tensor,
         inserts: Tensor,
-        *,
+        ends: Tensor,
+        keeps: Tensor,
         backwards: bool,
+    ) -> None:
+        plan = self.plan
+        block_n, programs, settings = self._states_settings()
+        hopper_ends_kernel[((plan.segments - 1) * programs,)](
+            self._tokens(u, CHANNELS), self._tokens(V, block_n), sums, inserts, self.documents, ends, keeps,
+            self.length, plan.segments - 1, 1 if backwards else 0, plan.segment_chunks, plan.segments,
+            self.heads, self.heads // self.groups, P=self.headdim, N=self.d_state, BACKWARDS=backwards,
+            DOCUMENTS=self.documents is not None, **settings,
+        )  # fmt: skip
+
+    def slab_states(
+        self,
+        sums: Tensor,
+        inserts: Tensor,
+        dy: Tensor,
+        borders: Tensor,
+        ends: Tensor,
+        dinitial: Tensor,
+        states: Tensor,
+        dstates: Tensor,
         first: int,
         chunks: int,
         segments: tuple[int, int],
-        borders: Tensor | None = None,
-        states: Tensor | None = None,
-        ends: Tensor | None = None,
-        keeps: Tensor | None = None,
     ) -> None:
-        packing = self.packing
-        first_segment, count = segments
+        plan, packing = self.plan, self.packing
+        block_n, programs, settings = self._states_settings()
+        hopper_slab_kernel[(2 * segments[1] * programs,)](
+            self._tokens(self.x, CHANNELS), self._tokens(self.B, block_n), _held(states, block_n),
+            self._tokens(dy, CHANNELS), self._tokens(self.C, block_n), _held(dstates, block_n),
+            sums, inserts, self.documents, self.cu_seqlens, None if packing is None else packing.first_slot,
+            borders, ends, dinitial, self.length, first, chunks, segments[1], segments[0],
+            plan.segment_chunks, plan.segments, self.heads, self.heads // self.groups,
+            P=self.headdim, N=self.d_state, DOCUMENTS=self.documents is not None,
+            ENDS=1 if plan.parallel else 2, VARLEN=packing is not None, **settings,
+        )  # fmt: skip
+
+    def _states_settings(self) -> tuple[int, int, dict[str, Any]]:
+        """Columns of a state in one program, programs a segment, launch settings."""
         settings = self._settings("hopper_states", states_configs(self.d_state))
         block_n = settings.pop("BLOCK_N")
         blocks = self.headdim // CHANNELS * (self.d_state // block_n)
-        hopper_states_kernel[(self.rows * count * self.heads * blocks,)](
-            _tokens(u, CHANNELS), _tokens(V, block_n), None if states is None else _held(states, block_n),
-            sums, inserts, self.documents, self.cu_seqlens, None if packing is None else packing.first_slot,
-            borders, ends, keeps,
-            self.length, first, chunks, count, first_segment, self.plan.segment_chunks, self.plan.segments,
-            self.heads, self.heads // self.groups,
-            P=self.headdim, N=self.d_state, BACKWARDS=backwards, DOCUMENTS=self.documents is not None,
-            BORDERS=0 if borders is None else 1 if borders.dim() == 5 else 2, STORE=states is not None,
-            ENDS=0 if ends is None else 1 if ends.dim() == 5 else 2, VARLEN=packing is not None, **settings,
-        )  # fmt: skip
+        return block_n, self.rows * self.heads * blocks, settings
 
     def backward(
         self,
@@ -175,9 +197,10 @@ class HopperLaunches(Launches):
         if splits > 1:
             parts = tuple(t.new_empty((splits, *t.shape), dtype=torch.float32) for t in parts)
         hopper_gradient_kernel[(slots * self.groups * splits,)](
-            _tokens(self.x, CHANNELS), _tokens(self.B, self.d_state), _tokens(self.C, self.d_state),
-            _tokens(dy, CHANNELS), _held(states, self.d_state), _held(dstates, self.d_state),
-            _tokens(dx, CHANNELS), dx, sums, inserts, D, self.documents, self._slot_table,
+            self._tokens(self.x, CHANNELS), self._tokens(self.B, self.d_state),
+            self._tokens(self.C, self.d_state),
+            self._tokens(dy, CHANNELS), _held(states, self.d_state), _held(dstates, self.d_state),
+            self._tokens(dx, CHANNELS), dx, sums, inserts, D, self.documents, self._slot_table,
             dsums, dinserts, dD, *parts, self.length, first, chunks, slots, self.heads, self.groups, heads,
             splits, P=self.headdim, D_KIND=0 if D is None else D.dim(), DOCUMENTS=self.documents is not None,
             VARLEN=self.packing is not None,
@@ -187,6 +210,14 @@ class HopperLaunches(Launches):
             start, end = first * CHUNK, (first + chunks) * CHUNK
             for whole, part in zip((dB, dC), parts, strict=True):
                 whole[:, start:end] = part[:, :, start:end].sum(0)
+
+    def _tokens(self, t: Tensor, width: int) -> TensorDescriptor:
+        """t (B, T, heads, columns) by tiles of a chunk and `width` columns; made once a call."""
+        key = (id(t), width)
+        if key not in self._descriptors:
+            shape, layout = [t.shape[0] * t.shape[1], t.shape[2] * t.shape[3]], _layout(CHUNK, width, t.dtype)
+            self._descriptors[key] = TensorDescriptor(t, shape, [_step(t), 1], [CHUNK, width], layout)
+        return self._descriptors[key]
 
     def _settings(self, kernel: str, configs: tuple[Config, ...]) -> dict[str, Any]:
         settings = self.pick(kernel, configs)
@@ -198,12 +229,6 @@ class HopperLaunches(Launches):
 def _layout(rows: int, columns: int, dtype: torch.dtype) -> NVMMASharedLayout:
     kind = {torch.bfloat16: bfloat16, torch.float16: float16}[dtype]
     return NVMMASharedLayout.get_default_for([rows, columns], kind)
-
-
-def _tokens(t: Tensor, width: int) -> TensorDescriptor:
-    """(B, T, heads, columns) by tiles of a chunk and `width` columns."""
-    shape = [t.shape[0] * t.shape[1], t.shape[2] * t.shape[3]]
-    return TensorDescriptor(t, shape, [_step(t), 1], [CHUNK, width], _layout(CHUNK, width, t.dtype))
 
 
 def _held(states: Tensor, width: int) -> TensorDescriptor:

@@ -39,13 +39,9 @@ def _in_time(i, begin, stop, BACKWARDS: gl.constexpr):
         return begin + i
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "T", "first", "chunks", "segments", "first_segment", "segment_chunks", "total_segments"
-    ]
-)  # fmt: skip
-def hopper_states_kernel(
-    u, V, states, sums, inserts, documents, cu_seqlens, first_slot, borders, ends, keeps,
+@gluon.jit
+def _walk(
+    pid, u, V, states, sums, inserts, documents, cu_seqlens, first_slot, borders, ends, keeps,
     T, first, chunks, segments, first_segment, segment_chunks, total_segments, H, heads_per_group,
     P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BACKWARDS: gl.constexpr,
     DOCUMENTS: gl.constexpr, BORDERS: gl.constexpr, STORE: gl.constexpr, ENDS: gl.constexpr,
@@ -66,7 +62,6 @@ def hopper_states_kernel(
     P_BLOCKS: gl.constexpr = P // BLOCK_P
     N_BLOCKS: gl.constexpr = N // BLOCK_N
 
-    pid = gl.program_id(0)
     h, rest = pid % H, pid // H
     block_p, rest = rest % P_BLOCKS, rest // P_BLOCKS
     block_n, rest = rest % N_BLOCKS, rest // N_BLOCKS
@@ -152,3 +147,46 @@ def hopper_states_kernel(
     elif ENDS == 2:  # noqa: SIM102
         if segment == first_segment:
             gl.store(ends + by_row + state_places(p, n, N, stop), state)
+
+
+@gluon.jit(do_not_specialize=["T", "segments", "segment_chunks"])
+def hopper_ends_kernel(
+    u, V, sums, inserts, documents, ends, keeps, T, segments, first_segment, segment_chunks, total_segments,
+    H, heads_per_group,
+    P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BACKWARDS: gl.constexpr, DOCUMENTS: gl.constexpr,
+):  # fmt: skip
+    """What each of `segments` segments from the first adds to a state, and what it keeps of one."""
+    _walk(
+        gl.program_id(0), u, V, None, sums, inserts, documents, None, None, None, ends, keeps,
+        T, 0, segment_chunks * total_segments, segments, first_segment, segment_chunks, total_segments,
+        H, heads_per_group, P, N, STAGES, BACKWARDS, DOCUMENTS, 0, False, 1, False,
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["T", "first", "chunks", "segments", "first_segment", "segment_chunks",
+                              "total_segments"])  # fmt: skip
+def hopper_slab_kernel(
+    x, B, S, dy, C, R, sums, inserts, documents, cu_seqlens, first_slot, borders, ends, dinitial,
+    T, first, chunks, segments, first_segment, segment_chunks, total_segments, H, heads_per_group,
+    P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DOCUMENTS: gl.constexpr, ENDS: gl.constexpr,
+    VARLEN: gl.constexpr,
+):  # fmt: skip
+    """States that enter the chunks of a slab, and gradients of those that leave: half of the programs each.
+
+    ENDS: 1 ends holds R behind each segment (rows, total_segments, H, P, N); 2 behind the slab (rows, H, P,
+    N).
+    """
+    half = gl.num_programs(0) // 2
+    pid = gl.program_id(0)
+    if pid < half:
+        _walk(
+            pid, x, B, S, sums, inserts, documents, cu_seqlens, first_slot, borders, None, None,
+            T, first, chunks, segments, first_segment, segment_chunks, total_segments, H, heads_per_group,
+            P, N, STAGES, False, DOCUMENTS, 1, True, 0, VARLEN,
+        )  # fmt: skip
+    else:
+        _walk(
+            pid - half, dy, C, R, sums, inserts, documents, cu_seqlens, first_slot, ends, dinitial, None,
+            T, first, chunks, segments, first_segment, segment_chunks, total_segments, H, heads_per_group,
+            P, N, STAGES, True, DOCUMENTS, ENDS, True, 2, VARLEN,
+        )  # fmt: skip

@@ -190,15 +190,53 @@ class Launches:
     ) -> None:
         """Fill borders (rows, segments, H, P, N): the state that enters each segment, or R at its end."""
         plan, keeps = self.plan, borders.new_empty(borders.shape[:3])
-        self.states(
-            u, V, sums, inserts, backwards=backwards, first=0, chunks=self.chunks,
-            segments=(1 if backwards else 0, plan.segments - 1), ends=borders, keeps=keeps,
-        )  # fmt: skip
+        self.segment_ends(u, V, sums, inserts, borders, keeps, backwards)
         size = self.headdim * self.d_state
         merge_kernel[(self.rows * self.heads * triton.cdiv(size, MERGE_BLOCK),)](
             borders, keeps, start, plan.segments, self.heads, size,
             BLOCK=MERGE_BLOCK, BACKWARDS=backwards, INITIAL=start is not None, num_warps=1,
         )  # fmt: skip
+
+    def segment_ends(
+        self,
+        u: Tensor,
+        V: Tensor,
+        sums: Tensor,
+        inserts: Tensor,
+        ends: Tensor,
+        keeps: Tensor,
+        backwards: bool,
+    ) -> None:
+        """What every segment but the last in its direction adds to a state, and what it keeps of one."""
+        self.states(
+            u, V, sums, inserts, backwards=backwards, first=0, chunks=self.chunks,
+            segments=(1 if backwards else 0, self.plan.segments - 1), ends=ends, keeps=keeps,
+        )  # fmt: skip
+
+    def slab_states(
+        self,
+        sums: Tensor,
+        inserts: Tensor,
+        dy: Tensor,
+        borders: Tensor,
+        ends: Tensor,
+        dinitial: Tensor,
+        states: Tensor,
+        dstates: Tensor,
+        first: int,
+        chunks: int,
+        segments: tuple[int, int],
+    ) -> None:
+        """Fill states and dstates, those that enter the chunks of a slab and gradients of those that leave.
+
+        ends: the gradients behind each segment (rows, segments, H, P, N) or behind the slab (rows, H, P, N).
+        dinitial: the gradient before the slab.
+        """
+        span: dict[str, Any] = {"first": first, "chunks": chunks, "segments": segments}
+        self.states(self.x, self.B, sums, inserts, backwards=False, borders=borders, states=states, **span)
+        self.states(
+            dy, self.C, sums, inserts, backwards=True, borders=ends, states=dstates, ends=dinitial, **span
+        )
 
     def states(
         self,
@@ -261,10 +299,8 @@ class Launches:
             first = slab * plan.slab_chunks
             chunks = min(plan.slab_chunks, self.chunks - first)
             where = (first // plan.segment_chunks, triton.cdiv(chunks, plan.segment_chunks))
-            span: dict[str, Any] = {"first": first, "chunks": chunks, "segments": where}
-            self.states(x, B, sums, inserts, backwards=False, borders=borders, states=states, **span)
-            self.states(
-                dy, C, sums, inserts, backwards=True, borders=ends, states=dstates, ends=dinitial, **span
+            self.slab_states(
+                sums, inserts, dy, borders, ends, dinitial, states, dstates, first, chunks, where
             )
             dD_slab = dD if D is None else dD[slab]
             self._gradients(
