@@ -5,6 +5,7 @@ CONSTRAINTS ?= constraints.txt
 INDEX ?=
 STORE ?= sqlite:///runs/mlflow.db
 PORT ?= 5000
+WORKERS ?= 2
 ARGS ?=
 
 VENV := .venv
@@ -19,6 +20,7 @@ help: ## this list
 	@echo
 	@echo "  PYTHON=python3.12      the Python of .venv, 3.11 or newer"
 	@echo "  ARGS='workers=4'       further key=value settings of the demo, options of pytest or of the bench"
+	@echo "  WORKERS=8              processes of \`make test\`, one thread and about 1.5 GB each"
 	@echo "  STORE=URI PORT=5000    what \`make ui\` shows, and where"
 	@echo "  make setup INDEX=URL   for CUDA: the wheel index that PyTorch's install page names for your driver"
 
@@ -42,8 +44,8 @@ ui: $(STAMP) ## every run in the browser, on 127.0.0.1 only
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true $(VENV)/bin/mlflow ui \
 		--backend-store-uri $(STORE) --host 127.0.0.1 --port $(PORT) --workers 1
 
-test: $(STAMP) ## the tests, under 10 minutes on 2 cores
-	@$(RUN) -m pytest -m "not slow and not gpu" $(ARGS)
+test: $(STAMP) ## the tests, about 5 minutes on 2 cores
+	@$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-all: $(STAMP) ## all tests, minutes-long and GPU ones included
 	@$(RUN) -m pytest $(ARGS)

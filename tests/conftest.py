@@ -3,6 +3,9 @@
 import os
 from collections.abc import Callable
 
+# Before torch: tests run side by side, a thread each, and so do the processes that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch

@@ -1,8 +1,8 @@
 """Every shipped config loads; every mistake is answered at once, in one line, without importing torch."""
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +117,12 @@ def test_bad_yaml_is_named_in_one_line(tmp_path: Path) -> None:
         parse(TrainConfig, [str(file)])
 
 
+def processor_seconds() -> float:
+    """Of all processes started here so far: not the clock's, which depend on what else is running."""
+    used = os.times()
+    return used.children_user + used.children_system
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "stream", "fragment"),
     [
@@ -136,24 +142,21 @@ def test_bad_yaml_is_named_in_one_line(tmp_path: Path) -> None:
 def test_the_command_answers_within_a_second(
     arguments: list[str], status: int, stream: str, fragment: str
 ) -> None:
-    seconds = []
-    for _ in range(5):  # other processes may take the machine for a while
-        begin = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "-m", "lightning_modules.train", *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        seconds.append(time.monotonic() - begin)
-        if seconds[-1] < 1.0:
-            break
+    begin = processor_seconds()
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_modules.train", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    )
+    seconds = processor_seconds() - begin
     assert done.returncode == status
     assert fragment in getattr(done, stream)
     if status:
         assert len(done.stderr.splitlines()) == 1
-    assert min(seconds) < 1.0, seconds
+    assert seconds < 1.0
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["model.headdim=48"], ["data.train_length=99"]], ids=str)

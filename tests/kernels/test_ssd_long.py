@@ -100,26 +100,31 @@ def test_4096_tokens(scan_case: Any, gradients: Any, check_scan: Any) -> None:
     check_scan(case, (*chunked, gradients(chunked, leaves)), (*oracle, gradients(oracle, double)), 1e-4)
 
 
-@pytest.mark.parametrize("factors", MITIGATIONS.values(), ids=MITIGATIONS.keys())
-@pytest.mark.parametrize("cut", ["whole", "pieces"])
-def test_131072_tokens(cut: str, factors: dict, scan_case: Any, gradients: Any, check_close: Any) -> None:
+@pytest.mark.parametrize(
+    ("cut", "name"),
+    [*(("whole", name) for name in MITIGATIONS), ("pieces", "none"), ("pieces", "barely_forget_more")],
+)
+def test_131072_tokens(cut: str, name: str, scan_case: Any, gradients: Any, check_close: Any) -> None:
     """Required 1e-3, held 1e-4 with every gradient: at once, and in pieces of 1 to 53,000 tokens."""
-    leaves = slow_leaves(scan_case, LONG)
+    leaves, factors = slow_leaves(scan_case, LONG), MITIGATIONS[name]
     double = as_double(leaves)
     cuts = [1, 2, 17, 1000, 41_000, 41_001, 77_777, LONG - 3] if cut == "pieces" else []
     pieces, expected = scan_pieces(leaves, factors, cuts), reference(double, factors)
     check_close(pieces[0], expected[0], 1e-4, "y")
     check_close(pieces[1], expected[1], 1e-4, "state")
     expected_grads = gradients(expected, double)
-    for name, actual in gradients(pieces, leaves).items():
-        check_close(actual, expected_grads[name], 1e-4, name)
+    for leaf, actual in gradients(pieces, leaves).items():
+        check_close(actual, expected_grads[leaf], 1e-4, leaf)
 
 
 @pytest.mark.parametrize(
-    ("length", "tolerance"), [(16_384, 1e-4), pytest.param(LONG, 1e-3, marks=pytest.mark.slow)]
+    ("length", "tolerance"), [(4096, 1e-5), pytest.param(LONG, 1e-3, marks=pytest.mark.slow)]
 )
 def test_one_token_at_a_time(length: int, tolerance: float, scan_case: Any, check_close: Any) -> None:
-    """The same retention at every step, 1 - 1e-7: rounded to fp32 it would be 1 - 1.2e-7, wrong by 19%."""
+    """The same retention at every step, 1 - 1e-7: rounded to fp32 it would be 1 - 1.2e-7, wrong by 19%.
+
+    Measured: 2e-6 at 4,096 to 16,384 tokens; rounded, 3e-5 to 1e-4.
+    """
     leaves = slow_leaves(scan_case, length)
     with torch.no_grad():
         leaves["dt"].fill_(1.0)
