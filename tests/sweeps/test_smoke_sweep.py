@@ -28,7 +28,7 @@ def command(tmp_path: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "sweeps.run", "conf/sweep/smoke.yaml", f"study_dir={tmp_path}/study"),
         f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
-        *("train.space.model.d_state=[8]", "workers=1"),
+        *("train.space.model.d_state=[8]", "workers=1", "threads=1"),
         "train.overrides.trainer={max_steps: 150, checkpoint_every: 20, log_every: 10}",
     ]
 
