@@ -6,8 +6,9 @@ Each class checks what it can see alone; the root classes check what spans secti
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from conf.bench import bench_mitigations
 from conf.diagnosis import ProbeConfig, ThresholdsConfig
 from conf.fields import option, require, require_at_least, section
 from conf.initial_state import InitialStateConfig
@@ -375,9 +376,15 @@ class EvaluateConfig(MeasureConfig):
     )
     passkey: PasskeyEvalConfig = section(PasskeyEvalConfig)
     loss: LossEvalConfig = section(LossEvalConfig)
+    bench: dict[str, Any] = option(
+        {}, "mitigation.name=all: mitigation -> settings or lists of them; null leaves it out; else defaults"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        compares = self.mitigation.name == "all"
+        require(compares or not self.bench, "bench", list(self.bench), "belongs to mitigation.name=all")
+        bench_mitigations(self.bench, train_length=256)  # each setting is checked; the length decides none
         known = bool(self.suites) and set(self.suites) <= {"passkey", "loss"}
         require(known, "suites", self.suites, "choose from [passkey, loss]")
 

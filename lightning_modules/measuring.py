@@ -58,6 +58,18 @@ def peak_memory_mib(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def reset_peak_memory(device: torch.device) -> bool:
+    """Begin to measure anew what `peak_memory_mib` tells; False where the system does not let us."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or a sandbox
+        return False
+    return True
+
+
 def open_measuring_dir(config: MeasureConfig, command: str) -> Path:
     """Create the run directory; without a setting, a new one under runs/ named after checkpoint and time."""
     if config.run_dir is not None:

@@ -87,6 +87,11 @@ class ModelState:
     def to(self, device: torch.device | str) -> "ModelState":
         return self._map(lambda t: t.to(device))
 
+    @property
+    def nbytes(self) -> int:
+        """What all rows together take."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
     def tensors(self) -> list[Tensor]:
         """Every tensor, rows first: layer after layer, then the position."""
         return [*(t for layer in self.layers for t in layer.tensors()), self.position]

@@ -34,7 +34,7 @@ def settle_calibration(
     if config.calibration == "auto":
         path = beside(measured.checkpoint, config.name)
         with _alone_in(path.parent):
-            if not _is_of(path, config.name, model):
+            if not holds(measured.checkpoint, config.name, model):
                 shared = ("checkpoint", "device", "threads", "segment")
                 own: dict[str, Any] = {name: getattr(measured, name) for name in shared}
                 own["mitigation.name"] = config.name
@@ -47,8 +47,9 @@ def settle_calibration(
     return replace(config, calibration=str(path))
 
 
-def _is_of(path: Path, mitigation: str, model: Mamba2LM) -> bool:
-    """Whether a file holds the calibration of this very model."""
+def holds(checkpoint: str, mitigation: str, model: Mamba2LM) -> bool:
+    """Whether there is a calibration next to a checkpoint, and of these very weights."""
+    path = beside(checkpoint, mitigation)
     if not path.is_file():
         return False
     try:

@@ -36,14 +36,18 @@ def describe_mitigation(mitigation: dict[str, Any]) -> str:
     """`forget_more (alpha_scale 0.999)`; empty for none."""
     if mitigation["name"] == "none":
         return ""
-    changed = [f"{name} {_in_words(value)}" for name, value in changed_settings(mitigation).items()]
+    changed = [_in_words(name, value) for name, value in changed_settings(mitigation).items()]
     return f"{mitigation['name']} ({', '.join(changed)})" if changed else mitigation["name"]
 
 
-def _in_words(value: Any) -> str:
+def _in_words(name: str, value: Any) -> str:
+    if name == "calibration":
+        return "calibrated"
+    if name == "calibration_scale":
+        return f"x {value:g}"
     if isinstance(value, list):
-        return " ".join(map(str, value))
-    return value if isinstance(value, str) else f"{value:g}"
+        return f"{name} {' '.join(map(str, value))}"
+    return f"{name} {value:g}"
 
 
 def accuracy_table(passkey: dict[str, Rows]) -> dict[str, list[Any]]:

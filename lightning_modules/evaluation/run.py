@@ -1,8 +1,9 @@
 """One evaluation from config to result: load, lay out, measure, judge, write, record."""
 
+import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 
 from conf.load import to_dict, to_yaml
 from conf.mitigation import changed_settings
-from conf.schema import EvaluateConfig, TrainConfig
+from conf.schema import EvaluateConfig, MeasureConfig, TrainConfig
+from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.settle import settle_calibration
 from lightning_modules.checkpoints import load_config, load_model
 from lightning_modules.evaluation.conclusion import conclude, exact_by_length, metrics
@@ -32,23 +34,64 @@ from lightning_modules.measuring import (
 )
 from lightning_modules.mitigations import LayerMitigations, build_mitigation
 from lightning_modules.run_dir import read_result, write_json
+from lightning_modules.state import ModelState
 from lightning_modules.tracking import Tracker
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Carry out one evaluation; returns the contents of result.json.
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint, loaded, and how it was trained."""
 
-    A run_dir that holds this very evaluation of this very checkpoint answers with its result at once.
+    model: Mamba2LM
+    trained: TrainConfig
+    device: torch.device
+
+    @classmethod
+    def load(cls, config: MeasureConfig) -> "Subject":
+        """Raises ValueError (one line) where the checkpoint or the device cannot be used."""
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        device, trained = choose_device(config.device), load_config(config.checkpoint)
+        return cls(load_model(config.checkpoint, device=device), trained, device)
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Carry out one evaluation, say what came out; returns the contents of result.json.
 
     Raises:
         ValueError: the checkpoint, a length, the device, the tracking store or run_dir cannot be used.
     """
+    measured = measure(config, Subject.load(config))
+    run_dir, result = measured.run_dir, measured.result
+    if measured.fresh:
+        figures = sorted((run_dir / "figures").iterdir())
+        print_summary(measured.evaluation, result["metrics"], run_dir, figures)
+    else:
+        print(f"{run_dir}: holds this evaluation already")
+    return result
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation on disk. fresh: made by this call; else it was there."""
+
+    run_dir: Path
+    result: dict[str, Any]
+    fresh: bool
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        return json.loads((self.run_dir / "evaluation.json").read_text())
+
+
+def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating") -> Measured:
+    """One evaluation of a loaded checkpoint, into its run directory.
+
+    A run_dir that holds this very evaluation of this very checkpoint answers with its result at once. `doing`
+    stands before the progress bar.
+    """
     started = time.monotonic()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
-    trained = load_config(config.checkpoint)
-    model = load_model(config.checkpoint, device=device)
+    model, trained, device = subject.model, subject.trained, subject.device
     config = replace(config, mitigation=settle_calibration(config.mitigation, config, trained, model))
 
     def rule(length: int) -> LayerMitigations:
@@ -57,13 +100,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     rule(trained.data.train_length)  # refused, if at all, before anything is made
     passkey_suite, loss_suite = _plan(config, trained)
     run_dir = open_measuring_dir(config, "evaluate")
-    measured = identity(config)
+    own_identity = identity(config)
     result = read_result(run_dir)
     if result is not None:
-        if result.get("identity") != measured:
+        if result.get("identity") != own_identity:
             raise ValueError(f"run_dir={run_dir}: holds another evaluation: choose another run_dir")
-        print(f"{run_dir}: holds this evaluation already")
-        return result
+        return Measured(run_dir, result, fresh=False)
 
     write_output(run_dir / "config.yaml", to_yaml(replace(config, run_dir=None)))
     with Tracker(
@@ -74,7 +116,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         tags=_tags(config),
     ) as tracker:
         total = sum(suite.tokens for suite in (passkey_suite, loss_suite) if suite is not None)
-        with show_progress("evaluating", total) as on_tokens:
+        with show_progress(doing, total) as on_tokens:
             reader = Reader(model, rule(trained.data.train_length), config.segment, on_tokens)
             passkey = passkey_suite.run(reader, rule) if passkey_suite is not None else None
             loss = loss_suite.run(reader, rule) if loss_suite is not None else None
@@ -97,6 +139,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         numbers = metrics(train_length, passkey, conclusion) | {
             "speed/tokens_per_second": reader.tokens_per_second,
             "memory/peak_mib": peak_memory_mib(device),
+            "memory/state_mib_per_sequence": _state_mib(model, rule(max(_lengths(passkey, loss)))),
         }
         _record(tracker, numbers, evaluation, figures)
         result = {
@@ -106,11 +149,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "mlflow_run_id": tracker.run_id,
             "seconds": time.monotonic() - started,
             "checkpoint": config.checkpoint,
-            "identity": measured,
+            "identity": own_identity,
         }
         write_json(run_dir / "result.json", result)
-    print_summary(evaluation, numbers, run_dir, figures)
-    return result
+    return Measured(run_dir, result, fresh=True)
+
+
+def _lengths(passkey: dict[str, Any] | None, loss: dict[str, Any] | None) -> list[int]:
+    """Of everything that was read."""
+    read = [] if loss is None else [loss["length"]]
+    return read + ([] if passkey is None else [row["length"] for row in passkey["recent"]])
+
+
+def _state_mib(model: Mamba2LM, mitigation: LayerMitigations) -> float:
+    """What one sequence's recurrent state takes, however long the sequence."""
+    return ModelState.zeros(model.config, 1, "meta", model.lm_head.weight.dtype, mitigation).nbytes / 2**20
 
 
 def _plan(config: EvaluateConfig, trained: TrainConfig) -> tuple[PasskeySuite | None, LossSuite | None]:
