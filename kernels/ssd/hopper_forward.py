@@ -36,12 +36,12 @@ def _request(x, B, C, bar, xs, Bs, Cs, token, column, column_g, wanted):
     tma.async_copy_global_to_shared(x, [token, column], bar, xs, pred=wanted)
 
 
-@gluon.jit(do_not_specialize=["T", "segments", "segment_chunks"])
+@gluon.jit(do_not_specialize=["T", "segments", "segment_chunks", "clip_chunks", "clipped_before"])
 def hopper_forward_kernel(
-    x, B, C, y, y_rows, sums, inserts, D, documents, initial, borders, cu_seqlens, final,
-    T, segments, segment_chunks, H, heads_per_group,
+    x, B, C, y, y_rows, sums, inserts, D, documents, initial, borders, cu_seqlens, final, max_norm,
+    T, segments, segment_chunks, H, heads_per_group, clip_chunks, clipped_before,
     P: gl.constexpr, STAGES: gl.constexpr, D_KIND: gl.constexpr, DOCUMENTS: gl.constexpr,
-    INITIAL: gl.constexpr, PARALLEL: gl.constexpr, VARLEN: gl.constexpr,
+    INITIAL: gl.constexpr, PARALLEL: gl.constexpr, CLIP: gl.constexpr, VARLEN: gl.constexpr,
 ):  # fmt: skip
     """One head, 64 of its channels, of one row: one segment of it if PARALLEL, else all.
 
@@ -49,6 +49,8 @@ def hopper_forward_kernel(
     borders (rows, segments, H, P, N) fp32, the states before the segments, are read if PARALLEL, else
     written. The state before the row is initial or zero, that after it goes to `final`.
     D_KIND: 0 none, 1 (H,), 2 (H, P).
+    CLIP: after every clip_chunks chunks, counted from clipped_before chunks before the row, a state's
+    Frobenius norm is brought down to max_norm (H,); all of a head in one program.
     """
     dtype: gl.constexpr = x.dtype
     Q: gl.constexpr = x.block_shape[0]
@@ -111,6 +113,8 @@ def hopper_forward_kernel(
         skip = gl.load(D + h)
     elif D_KIND == 2:
         skip = gl.load(D + column + gl.arange(0, BLOCK_P, gl.SliceLayout(0, mma_y)))
+    if CLIP:
+        limit = gl.load(max_norm + h)
 
     p = block * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, mma_s))
     n = gl.arange(0, N, gl.SliceLayout(0, mma_s))
@@ -190,6 +194,10 @@ def hopper_forward_kernel(
             lines = y_rows + (row_token + t).to(gl.int64) * (H * P)
             gl.store(lines + at[:, None] * (H * P) + to[None, :], out.to(dtype), mask=(at < count)[:, None])
         state = warpgroup_mma_wait(0, deps=[state])
+        if CLIP:  # noqa: SIM102
+            if count == Q and (c + 1 + clipped_before) % clip_chunks == 0:
+                norm = gl.sqrt(gl.sum(gl.sum(state * state, 1), 0))
+                state = state * gl.where(norm > limit, limit / norm, 1.0)
         cta_barrier()
         if count == Q:
             tma.async_copy_shared_to_global(y, [row_token + t, column], ys)

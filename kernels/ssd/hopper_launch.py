@@ -1,7 +1,7 @@
 """The launches of one call of the scan on Hopper, for the shapes that its kernels take."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -71,6 +71,14 @@ def gradient_configs(d_state: int) -> tuple[Config, ...]:
     return tuple(Config(num_warps=4, meta={"STAGES": count}) for count in stages)
 
 
+class Clip(NamedTuple):
+    """A state's norm is brought down to max_norm (H,) after every `chunks` chunks; `before` came earlier."""
+
+    max_norm: Tensor
+    chunks: int
+    before: int
+
+
 class HopperLaunches(Launches):
     """`Launches` on the kernels of this folder's `hopper_*.py`."""
 
@@ -90,9 +98,16 @@ class HopperLaunches(Launches):
         return self.headdim, self.d_state
 
     def forward(
-        self, sums: Tensor, inserts: Tensor, D: Tensor | None, initial: Tensor | None
+        self,
+        sums: Tensor,
+        inserts: Tensor,
+        D: Tensor | None,
+        initial: Tensor | None,
+        clip: Clip | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """clip: rows are walked whole, not cut into segments that run side by side."""
         plan = self.plan
+        assert clip is None or (not plan.parallel and self.headdim == CHANNELS)
         y = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
         final, borders = self.state(), self.state(plan.segments)
         if plan.parallel:
@@ -102,9 +117,12 @@ class HopperLaunches(Launches):
             self._tokens(self.x, CHANNELS), self._tokens(self.B, self.d_state),
             self._tokens(self.C, self.d_state),
             self._tokens(y, CHANNELS), y, sums, inserts, D, self.documents, initial, borders, self.cu_seqlens,
-            final, self.length, plan.segments, plan.segment_chunks, self.heads, self.heads // self.groups,
-            P=self.headdim, D_KIND=0 if D is None else D.dim(), DOCUMENTS=self.documents is not None,
-            INITIAL=initial is not None, PARALLEL=plan.parallel, VARLEN=self.packing is not None,
+            final, None if clip is None else clip.max_norm,
+            self.length, plan.segments, plan.segment_chunks, self.heads, self.heads // self.groups,
+            0 if clip is None else clip.chunks, 0 if clip is None else clip.before,
+            P=self.headdim, CLIP=clip is not None, D_KIND=0 if D is None else D.dim(),
+            DOCUMENTS=self.documents is not None, INITIAL=initial is not None, PARALLEL=plan.parallel,
+            VARLEN=self.packing is not None,
             **self._settings("hopper_forward", forward_configs(self.d_state)),
         )  # fmt: skip
         return y, final, borders

@@ -1,5 +1,6 @@
 """Mitigations composed from a core scan: one composition serves every core."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -21,15 +22,22 @@ def composed_scan(
     position: Tensor | None,
     mitigation: Mitigation,
     states_every: int | None,
+    clipped: Callable[..., tuple[Tensor, Tensor] | None] | None = None,
 ) -> tuple[Tensor, Any, Tensor | None]:
-    """y, the final state and, with `states_every`, the states: arguments as `ssd_scan` takes them."""
+    """y, the final state and, with `states_every`, the states: arguments as `ssd_scan` takes them.
+
+    clipped: a core's own state_norm, which may decline with None (`triton_clip.clipped_scan`).
+    """
     name, every = mitigation.name, mitigation.every
     if mitigation.window is not None:
         return sliding_window(
             core, tokens, D, initial_state, document_starts, mitigation.window, states_every
         )
     if name == "state_norm":
-        return state_norm(core, tokens, D, initial_state, document_starts, position, mitigation, states_every)
+        rest = (tokens, D, initial_state, document_starts, position, mitigation, states_every)
+        if clipped is not None and (done := clipped(*rest)) is not None:
+            return *done, None
+        return state_norm(core, *rest)
     if name == "hard_reset" and every is not None:
         document_starts = hard_resets(document_starts, position, tokens.x, every)
     y, state = core(*tokens, D, initial_state, document_starts)

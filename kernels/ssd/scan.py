@@ -11,9 +11,9 @@ from torch import Tensor
 from kernels.arguments import sequences
 from kernels.ssd.checks import check_arguments, check_values, named_tensors
 from kernels.ssd.chunked import chunked_scan
-from kernels.ssd.core import Core, Tokens, span_of
+from kernels.ssd.core import Tokens, span_of
 from kernels.ssd.discretize import discretize, per_head_factors
-from kernels.ssd.heads import by_heads, spread
+from kernels.ssd.heads import Scan, by_heads, spread
 from kernels.ssd.mitigation import NONE, Mitigation
 from kernels.ssd.naive import oracle
 from kernels.ssd.operators import composed_scan
@@ -100,7 +100,7 @@ def ssd_scan(
 
     A = A.to(torch.float64 if backend == "naive" else torch.float32)
     tokens = Tokens(x, *discretize(dt, A, dt_bias, dt_softplus, dt_limit, mitigation), B, C)
-    scan = oracle if backend == "naive" else partial(composed_scan, _core(backend, chunk_size))
+    scan = oracle if backend == "naive" else _composed(backend, chunk_size)
     scan = partial(by_heads, scan)
     if cu_seqlens is not None:
         scan = partial(_packed, scan, cu_seqlens)
@@ -108,12 +108,13 @@ def ssd_scan(
     return results if states_every is not None else results[:2]
 
 
-def _core(backend: str, chunk_size: int) -> Core:
+def _composed(backend: str, chunk_size: int) -> Scan:
     if backend == "chunked":
-        return partial(chunked_scan, chunk_size=chunk_size)
+        return partial(composed_scan, partial(chunked_scan, chunk_size=chunk_size))
+    from kernels.ssd.triton_clip import clipped_scan
     from kernels.ssd.triton_scan import triton_scan
 
-    return partial(triton_scan, chunk_size=chunk_size)
+    return partial(composed_scan, triton_scan, clipped=clipped_scan)
 
 
 def _packed(

@@ -15,10 +15,15 @@ HOPPER_DTYPES = (torch.bfloat16, torch.float16)
 HOPPER_HEADDIMS, HOPPER_D_STATES = (64, 128), (16, 32, 64, 128, 256)
 
 
-def _launches(x: Tensor, B: Tensor, *rest: Any) -> Launches:
-    """The launches of a call: on the kernels for Hopper where they fit, by device, dtype and sizes alone."""
+def on_hopper(x: Tensor, B: Tensor) -> bool:
+    """Whether the kernels for Hopper take such inputs: by device, dtype and sizes alone."""
     sizes = x.shape[3] in HOPPER_HEADDIMS and B.shape[3] in HOPPER_D_STATES
-    if sizes and x.dtype in HOPPER_DTYPES and is_hopper(x.device):
+    return sizes and x.dtype in HOPPER_DTYPES and is_hopper(x.device)
+
+
+def _launches(x: Tensor, B: Tensor, *rest: Any) -> Launches:
+    """The launches of a call."""
+    if on_hopper(x, B):
         from kernels.ssd.hopper_launch import HopperLaunches  # needs a Triton that has Gluon
 
         return HopperLaunches(x, B, *rest)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.ssd import Mitigation, ssd_scan
 from kernels.ssd import hopper_launch as launching
-from kernels.ssd import ssd_scan
 from kernels.ssd.triton_scan import triton_scan
 from kernels.tuning import forced
 from tests.kernels.test_triton_scan import check, discretised
@@ -108,6 +108,34 @@ def test_slices_of_one_projection(offset: int) -> None:
 
     for a, e in zip(run(*views), run(*(t.contiguous() for t in views)), strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("length", [64, 1000])
+@pytest.mark.parametrize("before", [None, 64])
+def test_clipped_states_in_one_kernel(
+    length: int, before: int | None, check_close: Close, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads = 3
+    leaves = discretised(2, length, heads, 64, 1, 128, D="head", initial=True)
+    given = {n: leaves[n].to(BF16) for n in ("x", "B", "C")}
+    dt, A = torch.rand(2, length, heads, device="cuda"), -0.1 * torch.rand(heads, device="cuda")
+    max_norm = torch.tensor([20.0, 60.0, torch.inf], device="cuda")
+    mitigation = Mitigation("state_norm", max_norm=max_norm, every=128)
+    position = None if before is None else torch.full((2,), before, device="cuda")
+    monkeypatch.setattr("kernels.ssd.operators.state_norm", None)  # not composed
+
+    def run(backend: str, scale: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        x, B, C = (scale(given[n]) for n in ("x", "B", "C"))
+        return ssd_scan(
+            x, dt, A, B, C, D=leaves["D"], initial_state=leaves["initial"], position=position,
+            mitigation=mitigation, backend=backend,
+        )  # fmt: skip
+
+    y, state = run("triton", lambda t: t)
+    expected_y, expected_state = run("naive", torch.Tensor.double)
+    check_close(y, expected_y, 1e-2, "y")
+    check_close(state, expected_state, 1e-2, "state")
+    assert torch.linalg.vector_norm(state, dim=(2, 3))[:, 2].min() > 60
 
 
 def test_twice_the_same_bits() -> None:
