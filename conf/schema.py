@@ -416,6 +416,7 @@ class DiagnoseConfig(MeasureConfig):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be at least 1")
         require(self.refine >= 0, "refine", self.refine, "must be at least 0")
+        require(bool(self.sentence), "sentence", "''", "give a text to repeat")
         name = self.mitigation.name
         require(name != "all", "mitigation.name", name, "a diagnosis is of one; evaluate compares them")
         enough = self.remembrance in (None, 0) or self.remembrance >= 8

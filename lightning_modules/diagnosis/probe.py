@@ -114,7 +114,7 @@ class StateProbe:
         rule = spread(options["mitigation"], len(A), A.device)
         softplus, limit = options["dt_softplus"], options["dt_limit"]
         log_decay, insert = discretize(dt, A, options["dt_bias"], softplus, limit, rule)
-        some = max(1, self.stride // NORMS)
+        some = self.stride // NORMS | 1  # odd: prompts that repeat mostly do so at even periods
         x_norm, B_norm = (torch.linalg.vector_norm(t[:, ::some], dim=-1, dtype=torch.float32) for t in (x, B))
         norm = (x_norm.unflatten(2, (B.shape[2], -1)) * B_norm[..., None]).flatten(2)
         insertion = (insert[:, ::some] * norm).repeat_interleave(some, 1)[:, : x.shape[1]]

@@ -30,15 +30,12 @@ def prompt_source(name: str, config: DiagnoseConfig, data: DataConfig, tokenizer
     """`config.prompts` rows of the prompt `name`; of newlines one row, since all would be equal.
 
     Raises:
-        ValueError: the held-out documents are too short, or a text has no tokens.
+        ValueError: the held-out documents are too short.
     """
     if name == "newline":
         return repeat(tokenizer.encode("\n"), 1)
     if name == "sentence":
-        ids = tokenizer.encode(config.sentence)
-        if len(ids) == 0:
-            raise ValueError(f"sentence={config.sentence!r}: has no tokens; give a text")
-        return repeat(ids, config.prompts)
+        return repeat(tokenizer.encode(config.sentence), config.prompts)
     if name == "passkey":
         return filler_source(data, tokenizer, config.prompts)
     if name == "random":

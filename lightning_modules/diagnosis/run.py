@@ -1,5 +1,7 @@
 """One diagnosis from config to result: load, stream, measure, judge, write, record."""
 
+import json
+import re
 import shlex
 import time
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from rich.console import Console
 
 from conf.load import flatten, to_dict, to_yaml
@@ -278,5 +281,12 @@ def _command(config: DiagnoseConfig) -> str:
         for name, value in flatten(config).items()
         if value != default.get(name) and not name.startswith(FREE_SETTINGS)
     }
-    settings = [f"{name}={value}" for name, value in changed.items()]
+    settings = [f"{name}={_as_yaml(value)}" for name, value in changed.items()]
     return shlex.join(["python", "-m", "lightning_modules.diagnose", *settings])
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as a command line takes it: a text without quotes where it is read as itself."""
+    if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and yaml.safe_load(value) == value:
+        return value
+    return json.dumps(value)
