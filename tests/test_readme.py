@@ -53,6 +53,8 @@ def test_first_steps_in_shell_and_python(workspace: Path) -> None:
     train, *evaluations = commands("python -m lightning_modules")[:3]
     assert "lightning_modules.train" in train
     assert "completed" in run(train, workspace)
+    (continuation,) = (c for c in commands("python") if "conf/train/continue-passed.yaml" in c)
+    assert "completed" in run([*continuation, "trainer.max_steps=3"], workspace)
     for evaluate in evaluations:
         assert "lightning_modules.evaluate" in evaluate
         assert "exact match" in run(evaluate, workspace)
