@@ -1,6 +1,7 @@
 """Settings of a diagnosis: what is called by its name, and the probe that watches out for it in training."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from conf.fields import option, require, require_at_least
 
@@ -38,3 +39,22 @@ class ProbeConfig:
         remedy = "must be 0 for no probe, or at least 2"
         require(self.factor == 0 or self.factor >= 2, "probe.factor", self.factor, remedy)
         require_at_least("probe", self, 1, "prompts")
+
+
+@dataclass(kw_only=True)
+class OverheadConfig:
+    """What measuring every head costs beside the forward pass (lightning_modules/diagnosis/overhead.py)."""
+
+    checkpoint: str = option("", "run directory or checkpoint file")
+    stride: int = option(1024, "tokens between measured states")
+    prompts: int = option(4, "rows read side by side")
+    length: int = option(16_384, "tokens of each")
+    segment: int = option(4096, "tokens per forward pass, over all rows")
+    rounds: int = option(15, "times that either is run, in turn")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "device")
+    threads: int | None = option(None, "CPU threads; none: all cores")
+
+    def __post_init__(self) -> None:
+        require(bool(self.checkpoint), "checkpoint", "''", "give a run directory or a .ckpt: checkpoint=PATH")
+        for name in ("stride", "prompts", "length", "segment", "rounds"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
