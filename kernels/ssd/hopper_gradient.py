@@ -4,8 +4,8 @@
 A program takes a chunk and some heads of a group, one after another, with three kinds of warps:
 
     fetch     brings x, dy and both states of the next heads
-    inside    what tokens of the chunk do to each other: near = mixer^T dy, and dC
-    through   what passes through the states S and R: far = R B, dB; puts both parts of dx together
+    through   what passes through the states S and R: far = R B; dB and dC
+    inside    what tokens of the chunk do to each other: near = mixer^T dy; puts both parts of dx together
 
 dB and dC gather in registers over the heads, so nothing of them is stored twice. Letters as in README.md;
 matrices inside a chunk are (r, q).
@@ -32,9 +32,9 @@ from kernels.ssd.hopper_tiles import (
 )
 
 WARPS = gl.constexpr(4)  # of `inside` and of `through`
-# Barriers behind those of the ring, and what `inside` hands over for each token.
-NEAR_FULL, NEAR_EMPTY, SQUARE_FULL, BROUGHT = (gl.constexpr(i) for i in range(4))
-DS, DW, X_DY = (gl.constexpr(i) for i in range(3))
+# Barriers beside those of the ring, and what `through` hands over, or `inside` itself, for each token.
+FAR_FULL, FAR_EMPTY, SQUARE_FULL, BROUGHT = (gl.constexpr(i) for i in range(4))
+DS, DW, LAST, BORDER, X_DY = (gl.constexpr(i) for i in range(5))
 
 
 @gluon.jit
@@ -67,42 +67,39 @@ def _visible(r, q, documents, DOCUMENTS: gl.constexpr):
 
 @gluon.jit
 def _inside(
-    xs, dys, Ss, Bt, Ct, ring, others, nears, vectors, square, doc_v, sums, inserts, documents, dC,
-    t, end, T, steps, stride, count,
+    xs, dys, Ss, Rs, Bt, Ct, ring, others, fars, vectors, square, doc_v, dxs, dx, dx_rows, sums, inserts,
+    documents, D, dsums, dinserts, dD, t, end, T, steps, count, token, column, heads_stride,
     BLOCKS: gl.constexpr, STAGES: gl.constexpr, D_KIND: gl.constexpr, DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = xs.dtype
     Q: gl.constexpr = Bt.shape[0]
-    N: gl.constexpr = Bt.shape[1]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, Q, 16])
-    mma_n: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 16])
     rows: gl.constexpr = gl.SliceLayout(1, mma)
     columns: gl.constexpr = gl.SliceLayout(0, mma)
     mixing: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    operand: gl.constexpr = gl.DotOperandLayout(0, mma_n, 2)
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
 
     q = gl.arange(0, Q, flat)
-    s_v, w_v, from_start_v = vector(gl.float32, Q), vector(gl.float32, Q), vector(gl.float32, Q)
+    s_v, w_v = vector(gl.float32, Q), vector(gl.float32, Q)
     if DOCUMENTS:
-        doc, _, doc_before = chunk_documents(documents, t, 0, end, q, Q)
+        _, doc_last, doc_before = chunk_documents(documents, t, 0, end, q, Q)
     at_r, at_q = gl.arange(0, Q, rows), gl.arange(0, Q, columns)
     zero = gl.zeros([Q, Q], gl.float32, mma)
     scores = warpgroup_mma(Bt, Ct.permute((1, 0)), zero, use_acc=False)
     scores = gl.where(_visible(at_r, at_q, doc_v, DOCUMENTS), scores, 0.0)
-    gathered = zero
-    dC_sum = gl.zeros([Q, N], gl.float32, mma_n)
-    s_next, w_next, _ = chunk_decays(sums, inserts, t, end, q, Q)
+    gathered, diagonal = zero, at_r[:, None] == at_q[None, :]
+    ds_sum, dw_sum = gl.zeros([Q], gl.float32, rows), gl.zeros([Q], gl.float32, rows)
+    dD_sum = 0.0
+    s_next, w_next, last_next = chunk_decays(sums, inserts, t, end, q, Q)
     stage, phase = 0, 0
     for i in range(0, steps):
-        xt, dyt, St = xs.index(stage), dys.index(stage), Ss.index(stage)
-        from_start = gl.exp2(s_next)
+        xt, dyt, St, Rt = xs.index(stage), dys.index(stage), Ss.index(stage), Rs.index(stage)
+        kept = gl.exp2(last_next)
         if DOCUMENTS:
-            from_start = gl.where(doc == doc_before, from_start, 0.0)
+            kept = gl.where(doc_last == doc_before, kept, 0.0)
         cta_barrier()
         s_v.store(s_next)
         w_v.store(w_next)
-        from_start_v.store(from_start)
         cta_barrier()
         mbarrier.wait(ring.index(stage), phase)
         if count < Q:
@@ -112,12 +109,12 @@ def _inside(
             cta_barrier()
         dmixer = warpgroup_mma(xt, dyt.permute((1, 0)), zero, use_acc=False, is_async=True)
         ahead = (gl.minimum(i + 1, steps - 1) // BLOCKS).to(gl.int64) * T
-        s_next, w_next, _ = chunk_decays(sums + ahead, inserts + ahead, t, end, q, Q)
+        s_next, w_next, last_next = chunk_decays(sums + ahead, inserts + ahead, t, end, q, Q)
         w = w_v.load(rows)
         retention = gl.exp2(gl.minimum(s_v.load(columns)[None, :] - s_v.load(rows)[:, None], 0.0))
         dmixer = warpgroup_mma_wait(0, deps=[dmixer])
         if D_KIND == 1:
-            xdy = gl.sum(gl.where(at_r[:, None] == at_q[None, :], dmixer, 0.0), 1)
+            xdy = gl.sum(gl.where(diagonal, dmixer, 0.0), 1)
         dmixer = dmixer * retention
         gathered += dmixer * w[:, None]
         dmixer = dmixer * scores
@@ -125,38 +122,66 @@ def _inside(
         inside_q = gl.convert_layout(gl.sum(dmixer * w[:, None], 0), rows)
         mixer = gl.convert_layout((scores * retention).to(dtype), mixing)
         near = warpgroup_mma(mixer, dyt, zero, use_acc=False, is_async=True)
-        from_start = from_start_v.load(gl.SliceLayout(1, operand))[:, None]
-        reading = (dyt.load(operand).to(gl.float32) * from_start).to(dtype)
-        dC_sum = warpgroup_mma(reading, St, dC_sum, is_async=True)
+        border = warpgroup_mma(St, Rt.permute((1, 0)), zero, use_acc=False, is_async=True)
         near = warpgroup_mma_wait(1, deps=[near])
-        mbarrier.wait(others.index(NEAR_EMPTY), (i + 1) % 2)
-        nears.store(near * w[:, None])
-        # row and column sums are equal on the diagonal: taken from each other first, no noise stays there
-        vectors.index(DS).store(inside_q - inside * w)
-        vectors.index(DW).store(inside)
+        gradient = near * w[:, None]
         if D_KIND == 1:
             vectors.index(X_DY).store(xdy)
-        dC_sum = warpgroup_mma_wait(0, deps=[dC_sum])
+            gradient += gl.convert_layout(dyt.load(mixing), mma).to(gl.float32) * gl.load(D + i // BLOCKS)
+        elif D_KIND == 2:
+            dy32 = gl.convert_layout(dyt.load(mixing), mma).to(gl.float32)
+            gradient += dy32 * gl.load(D + i * Q + at_q)[None, :]
+            of_D = gl.sum(gl.convert_layout(xt.load(mixing), mma).to(gl.float32) * dy32, 0)
+            gl.store(dD + i * Q + at_q, of_D)
+        border = warpgroup_mma_wait(0, deps=[border])  # its diagonal: S . R by channels
+        vectors.index(BORDER).store(kept * gl.sum(gl.where(diagonal, border, 0.0), 1))
+        tma.store_wait(0)
         cta_barrier()
-        mbarrier.arrive(others.index(NEAR_FULL), count=1)
         mbarrier.arrive(ring.index(STAGES + stage), count=1)
+
+        mbarrier.wait(others.index(FAR_FULL), i % 2)
+        gradient += fars.load(mma)
+        # row and column sums are equal on the diagonal: taken from each other first, no noise stays there
+        ds = (inside_q - inside * w) + vectors.index(DS).load(rows)
+        # sums over a vector as it lies along the columns need no other warp
+        to_last = gl.sum(vectors.index(LAST).load(columns) + vectors.index(BORDER).load(columns), 0)
+        ds_sum += ds + gl.where(at_r == count - 1, to_last, 0.0)
+        dw_sum += inside + vectors.index(DW).load(rows)
+        if D_KIND == 1:
+            dD_sum += gl.sum(vectors.index(X_DY).load(columns), 0)
+        if count == Q:
+            dxs.store(gradient.to(dtype))
+            fence_async_shared()
+        cta_barrier()
+        mbarrier.arrive(others.index(FAR_EMPTY), count=1)
+        if count == Q:
+            tma.async_copy_shared_to_global(dx, [token, column + i * Q], dxs)
+        else:
+            lines = dx_rows + token.to(gl.int64) * heads_stride + column + i * Q
+            line = at_r + (i >> 31)  # see `state_places`
+            places = lines + line[:, None] * heads_stride + at_q[None, :]
+            gl.store(places, gradient.to(dtype), mask=(line < count)[:, None])
+        if i % BLOCKS == BLOCKS - 1:
+            of_head = (i // BLOCKS).to(gl.int64) * T + t
+            gl.store(dsums + of_head + at_r, ds_sum, mask=at_r < count)
+            gl.store(dinserts + of_head + at_r, dw_sum, mask=at_r < count)
+            ds_sum, dw_sum = gl.zeros_like(ds_sum), gl.zeros_like(dw_sum)
+            if D_KIND == 1:
+                gl.store(dD + i // BLOCKS, dD_sum)
+                dD_sum = 0.0
         stage, phase = next_stage(stage, phase, STAGES)
+    tma.store_wait(0)
     square.store(gl.where(_visible(at_r, at_q, doc_v, DOCUMENTS), gathered, 0.0).to(dtype))
     fence_async_shared()
     cta_barrier()
     mbarrier.arrive(others.index(SQUARE_FULL), count=1)
-    dC_sum = warpgroup_mma(square.permute((1, 0)), Bt, dC_sum)
-    at, n = gl.arange(0, Q, gl.SliceLayout(1, mma_n)), gl.arange(0, N, gl.SliceLayout(0, mma_n))
-    gl.store(
-        dC + at[:, None] * stride + n[None, :], dC_sum.to(dC.dtype.element_ty), mask=(at < count)[:, None]
-    )
 
 
 @gluon.jit
 def _through(
-    xs, dys, Ss, Rs, Bt, Ct, ring, others, nears, vectors, square, dxs, dx, dx_rows, sums, inserts,
-    documents, D, dsums, dinserts, dD, dB, t, end, T, steps, stride, count, token, column, heads_stride,
-    BLOCKS: gl.constexpr, STAGES: gl.constexpr, D_KIND: gl.constexpr, DOCUMENTS: gl.constexpr,
+    xs, dys, Ss, Rs, Bt, Ct, ring, others, fars, vectors, square, sums, inserts, documents, dB, dC,
+    t, end, T, steps, stride, count,
+    BLOCKS: gl.constexpr, STAGES: gl.constexpr, DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = xs.dtype
     Q: gl.constexpr = Bt.shape[0]
@@ -164,7 +189,6 @@ def _through(
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, Q, 16])
     mma_n: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 16])
     rows: gl.constexpr = gl.SliceLayout(1, mma)
-    columns: gl.constexpr = gl.SliceLayout(0, mma)
     operand: gl.constexpr = gl.DotOperandLayout(0, mma_n, 2)
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
 
@@ -172,20 +196,16 @@ def _through(
     w_v, to_end_v, from_start_v = vector(gl.float32, Q), vector(gl.float32, Q), vector(gl.float32, Q)
     if DOCUMENTS:
         doc, doc_last, doc_before = chunk_documents(documents, t, 0, end, q, Q)
-    at_r, at_q = gl.arange(0, Q, rows), gl.arange(0, Q, columns)
     zero = gl.zeros([Q, Q], gl.float32, mma)
-    dB_sum = gl.zeros([Q, N], gl.float32, mma_n)
-    ds_sum, dw_sum = gl.zeros([Q], gl.float32, rows), gl.zeros([Q], gl.float32, rows)
-    dD_sum = 0.0
+    dB_sum, dC_sum = gl.zeros([Q, N], gl.float32, mma_n), gl.zeros([Q, N], gl.float32, mma_n)
     s_next, w_next, last_next = chunk_decays(sums, inserts, t, end, q, Q)
     stage, phase = 0, 0
     for i in range(0, steps):
         xt, dyt, St, Rt = xs.index(stage), dys.index(stage), Ss.index(stage), Rs.index(stage)
-        kept, to_end, from_start = gl.exp2(last_next), gl.exp2(last_next - s_next), gl.exp2(s_next)
+        to_end, from_start = gl.exp2(last_next - s_next), gl.exp2(s_next)
         if DOCUMENTS:
             from_start = gl.where(doc == doc_before, from_start, 0.0)
             to_end = gl.where(doc == doc_last, to_end, 0.0)
-            kept = gl.where(doc_last == doc_before, kept, 0.0)
         cta_barrier()
         w_v.store(w_next)
         to_end_v.store(to_end)
@@ -211,57 +231,28 @@ def _through(
         left = gl.sum(gl.convert_layout(x32, mma) * far, 1) * to_end
         gradient = far * (to_end * w)[:, None]
         read = warpgroup_mma_wait(1, deps=[read])
-        dy32 = gl.convert_layout(dyt.load(operand), mma).to(gl.float32)
+        dy32 = dyt.load(operand).to(gl.float32)
+        reading = (dy32 * from_start_v.load(by_row)[:, None]).to(dtype)
+        dC_sum = warpgroup_mma(reading, St, dC_sum, is_async=True)
+        dy32 = gl.convert_layout(dy32, mma)
         ds = gl.sum(dy32 * read, 1) * from_start_v.load(rows) - left * w
-        border = warpgroup_mma(St, Rt.permute((1, 0)), zero, use_acc=False, is_async=True)
-        if D_KIND == 1:
-            gradient += dy32 * gl.load(D + i // BLOCKS)
-        elif D_KIND == 2:
-            gradient += dy32 * gl.load(D + i * Q + at_q)[None, :]
-            gl.store(
-                dD + i * Q + at_q, gl.sum(gl.convert_layout(xt.load(operand), mma).to(gl.float32) * dy32, 0)
-            )
-        dB_sum, border = warpgroup_mma_wait(0, deps=[dB_sum, border])
-        border = gl.sum(gl.where(at_r[:, None] == at_q[None, :], border, 0.0), 1)
+        mbarrier.wait(others.index(FAR_EMPTY), (i + 1) % 2)
+        fars.store(gradient)
+        vectors.index(DS).store(ds)
+        vectors.index(DW).store(left)
+        vectors.index(LAST).store(left * w)
+        dB_sum, dC_sum = warpgroup_mma_wait(0, deps=[dB_sum, dC_sum])
         cta_barrier()
+        mbarrier.arrive(others.index(FAR_FULL), count=1)
         mbarrier.arrive(ring.index(STAGES + stage), count=1)
-        to_last = gl.sum(left * w + kept * border, 0)
-
-        mbarrier.wait(others.index(NEAR_FULL), i % 2)
-        gradient += nears.load(mma)
-        ds_sum += ds + vectors.index(DS).load(rows) + gl.where(at_r == count - 1, to_last, 0.0)
-        dw_sum += left + vectors.index(DW).load(rows)
-        if D_KIND == 1:
-            dD_sum += gl.sum(vectors.index(X_DY).load(rows), 0)
-        tma.store_wait(0)
-        cta_barrier()
-        mbarrier.arrive(others.index(NEAR_EMPTY), count=1)
-        if count == Q:
-            dxs.store(gradient.to(dtype))
-            fence_async_shared()
-            cta_barrier()
-            tma.async_copy_shared_to_global(dx, [token, column + i * Q], dxs)
-        else:
-            lines = dx_rows + token.to(gl.int64) * heads_stride + column + i * Q
-            line = at_r + (i >> 31)  # see `state_places`
-            places = lines + line[:, None] * heads_stride + at_q[None, :]
-            gl.store(places, gradient.to(dtype), mask=(line < count)[:, None])
-        if i % BLOCKS == BLOCKS - 1:
-            of_head = (i // BLOCKS).to(gl.int64) * T + t
-            gl.store(dsums + of_head + at_r, ds_sum, mask=at_r < count)
-            gl.store(dinserts + of_head + at_r, dw_sum, mask=at_r < count)
-            ds_sum, dw_sum = gl.zeros_like(ds_sum), gl.zeros_like(dw_sum)
-            if D_KIND == 1:
-                gl.store(dD + i // BLOCKS, dD_sum)
-                dD_sum = 0.0
         stage, phase = next_stage(stage, phase, STAGES)
     mbarrier.wait(others.index(SQUARE_FULL), 0)
     dB_sum = warpgroup_mma(square, Ct, dB_sum)
-    tma.store_wait(0)
+    dC_sum = warpgroup_mma(square.permute((1, 0)), Bt, dC_sum)
     at, n = gl.arange(0, Q, gl.SliceLayout(1, mma_n)), gl.arange(0, N, gl.SliceLayout(0, mma_n))
-    gl.store(
-        dB + at[:, None] * stride + n[None, :], dB_sum.to(dB.dtype.element_ty), mask=(at < count)[:, None]
-    )
+    places, known = at[:, None] * stride + n[None, :], (at < count)[:, None]
+    gl.store(dB + places, dB_sum.to(dB.dtype.element_ty), mask=known)
+    gl.store(dC + places, dC_sum.to(dC.dtype.element_ty), mask=known)
 
 
 @gluon.jit(do_not_specialize=["T", "first", "chunks", "n_slots"])
@@ -310,8 +301,8 @@ def hopper_gradient_kernel(
     Ct = gl.allocate_shared_memory(dtype, [Q, N], C.layout)
     square = gl.allocate_shared_memory(dtype, [Q, Q], gl.NVMMASharedLayout.get_default_for([Q, Q], dtype))
     dxs = gl.allocate_shared_memory(dtype, [Q, BLOCK_P], dx.layout)
-    nears = gl.allocate_shared_memory(gl.float32, [Q, BLOCK_P], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-    vectors = gl.allocate_shared_memory(gl.float32, [3, Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    fars = gl.allocate_shared_memory(gl.float32, [Q, BLOCK_P], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    vectors = gl.allocate_shared_memory(gl.float32, [5, Q], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     doc_v = vector(gl.int32, Q)
     ring = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -348,13 +339,13 @@ def hopper_gradient_kernel(
     gl.warp_specialize(
         [
             (_inside, (
-                xs, dys, Ss, Bt, Ct, ring, others, nears, vectors, square, doc_v, sums, inserts, documents,
-                dC, t, end, T, steps, stride, count, BLOCKS, STAGES, D_KIND, DOCUMENTS,
+                xs, dys, Ss, Rs, Bt, Ct, ring, others, fars, vectors, square, doc_v, dxs, dx, dx_rows, sums,
+                inserts, documents, D, dsums, dinserts, dD, t, end, T, steps, count, token, column, H * P,
+                BLOCKS, STAGES, D_KIND, DOCUMENTS,
             )),
             (_through, (
-                xs, dys, Ss, Rs, Bt, Ct, ring, others, nears, vectors, square, dxs, dx, dx_rows, sums,
-                inserts, documents, D, dsums, dinserts, dD, dB, t, end, T, steps, stride, count, token,
-                column, H * P, BLOCKS, STAGES, D_KIND, DOCUMENTS,
+                xs, dys, Ss, Rs, Bt, Ct, ring, others, fars, vectors, square, sums, inserts, documents, dB,
+                dC, t, end, T, steps, stride, count, BLOCKS, STAGES, DOCUMENTS,
             )),
             (_fetch, (x, dy, S, R, xs, dys, Ss, Rs, ring, token, column, line, steps, STAGES)),
         ],
