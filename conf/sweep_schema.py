@@ -30,6 +30,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 class TrainStageConfig:
     """One model per point of the space and seed, evaluated at and beyond its training length."""
 
+    checkpoints: list[str] = option([], "models that are there already: evaluate these, train none")
     base: str = option("conf/train/demo.yaml", "config that every trial starts from")
     overrides: dict[str, Any] = option({}, "settings of the base to replace, by dotted name")
     space: dict[str, Any] = option({}, "dotted name -> list of values, or {low, high, log} for random, tpe")
@@ -42,7 +43,8 @@ class TrainStageConfig:
 
 @dataclass(kw_only=True)
 class MitigationStageConfig:
-    """Mitigations tried on the models that solve their task in length and collapse worst beyond it."""
+    """Mitigations tried on the models that solve their task in length and collapse worst beyond it; on
+    train.checkpoints whatever they do."""
 
     space: dict[str, Any] = option({}, "mitigation -> its settings -> values or range; empty skips the stage")
     checkpoints: int = option(1, "how many models to mend, the worst collapse first; 0 skips the stage")
@@ -52,7 +54,9 @@ class MitigationStageConfig:
     evaluate: dict[str, Any] = option({}, "evaluate settings of every trial, on top of the sweep's own")
     confirm: dict[str, Any] = option({}, "evaluate settings of the last comparison, on prompts of its own")
     sampler: Sampler = option("grid", "grid: every point; random or tpe: `trials` of them")
-    trials: int | None = option(None, "how many trials random and tpe make per model, baseline not counted")
+    trials: int | None = option(
+        None, "how many trials random and tpe make of each mitigation, on every model"
+    )
     metric: str = option("passkey/recent_exact_beyond", "what a mitigation has to improve")
     direction: Direction = option("maximize", "which way metric improves")
     max_cost: float = option(0.1, "largest loss of in-length exact match that the best setting may have")
@@ -177,9 +181,10 @@ def evaluation(config: SweepConfig, *, stage: Stage) -> dict[str, Any]:
     """Evaluate settings of a stage, by dotted name.
 
     Each stage reads other prompts (seed + 0, 1, 2): models are chosen on the first, settings on the second,
-    and compared on the third, so that no number of the last comparison was chosen for being high.
+    both of the validation split, and compared on the third, of the test split: no number of the last
+    comparison was chosen for being high.
     """
-    settings = unfold(config.evaluate)
+    settings = {"split": "test" if stage == "confirm" else "validation"} | unfold(config.evaluate)
     if stage != "train":
         settings |= unfold(config.mitigation.evaluate)
     if stage == "confirm":
@@ -197,7 +202,7 @@ def check(config: SweepConfig) -> None:
         _parse("train.space", TrainConfig, sources)
     for stage in STAGES:
         settings = evaluation(config, stage=stage)
-        for name in ("checkpoint", "run_dir", "mitigation", "tracking"):
+        for name in ("checkpoint", "run_dir", "mitigation", "bench", "tracking"):
             taken = [key for key in settings if key == name or key.startswith(f"{name}.")]
             require(not taken, "evaluate", taken, "belongs to the sweep")
         _parse("evaluate", EvaluateConfig, [{"checkpoint": "-"}, settings])

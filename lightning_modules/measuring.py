@@ -78,16 +78,20 @@ def open_measuring_dir(config: MeasureConfig, command: str) -> Path:
             raise ValueError(f"run_dir={path}: belongs to a training run: choose another run_dir")
         _make_directory(path, exist_ok=True)
         return path
-    source = Path(config.checkpoint).resolve()
-    source = source.parents[1] if source.parent.name == "checkpoints" else source.with_suffix("")
     mitigation = "" if config.mitigation.name == "none" else f"-{config.mitigation.name}"
-    name = f"{command}-{source.name}{mitigation}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{command}-{source_name(config)}{mitigation}-{time.strftime('%Y%m%d-%H%M%S')}"
     for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
         path = Path("runs") / (name + suffix)
         if not path.exists():
             _make_directory(path, exist_ok=False)
             return path
     raise ValueError(f"run_dir: runs/{name} is taken a thousand times; give run_dir=DIR")
+
+
+def source_name(config: MeasureConfig) -> str:
+    """Of the training run that a checkpoint is from, or of its file."""
+    source = Path(config.checkpoint).resolve()
+    return source.parents[1].name if source.parent.name == "checkpoints" else source.with_suffix("").name
 
 
 def write_output(path: Path, text: str) -> None:

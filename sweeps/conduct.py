@@ -32,6 +32,7 @@ from sweeps.studies import (
     make_study,
     open_journal,
     plan_comparison,
+    plan_mitigations,
     plan_points,
     plan_samples,
 )
@@ -80,9 +81,9 @@ class Sweep:
             self._record(tracker, [study], is_last=not models)
         for model in models:
             with self._parent(f"mitigation-{model.number:04d}") as tracker:
-                tried = self._mitigation_study(model.number, tracker)
+                tried = self._mitigation_study(model, tracker)
                 self._finish(f"mitigation of trial {model.number} ({model.label})", [tried])
-                compared = self._comparison(model.number, tried, tracker)
+                compared = self._comparison(model, tried, tracker)
                 self._finish(f"comparison on fresh prompts, trial {model.number}", [compared])
                 self._record(tracker, [tried, compared], is_last=model is models[-1])
 
@@ -97,33 +98,36 @@ class Sweep:
     def _train_study(self, tracker: Tracker) -> Study:
         stage = self.config.train
         seeds = stage.seeds
-        if stage.sampler == "grid":
+        if stage.checkpoints:
+            paths = [str(Path(path).resolve()) for path in stage.checkpoints]
+            plan = plan_comparison([{"checkpoint": path} for path in paths])
+        elif stage.sampler == "grid":
             plan = plan_points(train_points(self.config), seeds)
         else:
             plan = plan_samples(stage.trials or 0, seeds)
         return self._study("train", plan, stage.direction, stage="train", mlflow_run_id=tracker.run_id)
 
-    def _mitigation_study(self, number: int, tracker: Tracker) -> Study:
+    def _mitigation_study(self, model: Measured, tracker: Tracker) -> Study:
         stage = self.config.mitigation
         if stage.sampler == "grid":
             plan = plan_points(mitigation_points(self.config), [None])
         else:
-            plan = plan_samples(stage.trials or 0, [None])
+            plan = plan_mitigations(stage.space, stage.trials or 0)
         plan = plan_comparison([BASELINE]) | plan
-        return self._evaluations("mitigation", number, plan, tracker)
+        return self._evaluations("mitigation", model, plan, tracker)
 
-    def _comparison(self, number: int, tried: Study, tracker: Tracker) -> Study:
+    def _comparison(self, model: Measured, tried: Study, tracker: Tracker) -> Study:
         best = best_settings(finished(self.study_dir, tried), self.config)
         plan = plan_comparison([BASELINE, *(measured.point for measured in best)])
-        return self._evaluations("confirm", number, plan, tracker)
+        return self._evaluations("confirm", model, plan, tracker)
 
-    def _evaluations(self, stage: str, number: int, plan: Plan, tracker: Tracker) -> Study:
+    def _evaluations(self, stage: str, model: Measured, plan: Plan, tracker: Tracker) -> Study:
         return self._study(
-            f"{stage}-{number:04d}",
+            f"{stage}-{model.number:04d}",
             plan,
             self.config.mitigation.direction,
             stage=stage,
-            model=f"train/trial-{number:04d}",
+            model=model.point.get("checkpoint", f"train/trial-{model.number:04d}"),
             mlflow_run_id=tracker.run_id,
         )
 

@@ -29,7 +29,8 @@ def make_console() -> "Console":
     """Standard output, as wide as the terminal; wide enough for the tables where it is none."""
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    # no markup: a command's [/a/path] would be taken for a tag
+    return Console(markup=False) if sys.stdout.isatty() else Console(width=WIDTH, markup=False)
 
 
 def write_report(study_dir: Path, console: "Console") -> list[Path]:
@@ -46,7 +47,7 @@ def write_report(study_dir: Path, console: "Console") -> list[Path]:
     results = collect(study_dir, config, load_studies(study_dir))
     figures = write_figures(results, study_dir / "figures")
     with (study_dir / "report.txt").open("w") as file:
-        for target in (console, Console(file=file, width=WIDTH)):
+        for target in (console, Console(file=file, width=WIDTH, markup=False)):
             for block in render(results):
                 target.print(block, highlight=False)
             target.print("Figures:" if figures else "Figures: none, nothing was measured by length.")

@@ -146,10 +146,12 @@ def shown_seed(study: Study, trial: FrozenTrial) -> int | None:
 
 def worst_collapse(models: Iterable[Measured], config: SweepConfig) -> list[Measured]:
     """The models to mend: of those that have learnt their task, the ones that lose most recent needles beyond
-    their training length, the worst first."""
+    their training length, the worst first. Models that were given count whatever they have learnt."""
     stage = config.mitigation
     able = [m for m in models if m.beyond is not None and (m.is_solved or stage.include_unsolved)]
-    return sorted(able, key=lambda model: (model.beyond, model.held, model.number))[: stage.checkpoints]
+    if config.train.checkpoints:
+        able = list(models)
+    return sorted(able, key=lambda m: (m.beyond or 0.0, m.held, m.number))[: stage.checkpoints]
 
 
 def best_settings(tried: list[Measured], config: SweepConfig) -> list[Measured]:
@@ -210,7 +212,8 @@ def describe(point: Point, seed: int | None = None) -> str:
 def _read(run_dir: Path, study: Study, trial: FrozenTrial) -> Measured:
     evaluated = run_dir / "evaluation" if study.user_attrs["stage"] == "train" else run_dir
     try:
-        metrics = _metrics(run_dir) | _metrics(evaluated)
+        trained = {} if "checkpoint" in point_of(trial) else _metrics(run_dir)
+        metrics = trained | _metrics(evaluated)
         evaluation = json.loads((evaluated / "evaluation.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{run_dir}: has finished, but its results cannot be read ({error})") from None

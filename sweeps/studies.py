@@ -7,12 +7,14 @@ workers: a worker only ever takes what waits. `claim` also takes over what a dea
 import json
 import random
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -98,6 +100,15 @@ def plan_samples(count: int, seeds: Sequence[int | None]) -> Plan:
     return {f"sample-{i}": Planned(fixed={}, attributes={"seed": seed}) for i, seed in enumerate(turns)}
 
 
+def plan_mitigations(names: Iterable[str], count: int) -> Plan:
+    """`count` trials of every mitigation, taking turns; the sampler chooses their settings."""
+    return {
+        f"{name}-{i}": Planned(fixed={"mitigation.name": name}, attributes={"seed": None})
+        for i in range(count)
+        for name in names
+    }
+
+
 def plan_comparison(points: Iterable[Point]) -> Plan:
     """Given points that no sampler touches: the baseline, or what a confirmation compares."""
     return {json.dumps(point): Planned(fixed={}, attributes={"point": point}) for point in points}
@@ -113,9 +124,11 @@ def enqueue(study: Study, plan: Plan) -> int:
         if last is not None:
             if last.state != TrialState.FAIL:
                 continue
-            fixed, attributes["retry_of"] = fixed or last.params, last.number
+            attributes["retry_of"] = last.number
+            if "point" not in attributes:
+                fixed = point_of(last)
             again += 1
-        study.enqueue_trial(fixed, user_attrs=attributes | {"fixed": fixed})
+        study.enqueue_trial(_to_parameters(fixed), user_attrs=attributes | {"fixed": fixed})
     return again
 
 
@@ -192,12 +205,30 @@ def suggest(trial: Trial, config: SweepConfig) -> None:
     else:
         spaces = mitigation_spaces(config)
         name = trial.suggest_categorical("mitigation.name", list(spaces))
-        _suggest_space(trial, spaces[name])
+        _suggest_space(trial, {_parameter(name, key): values for key, values in spaces[name].items()})
 
 
 def point_of(trial: FrozenTrial | Trial) -> Point:
     """What the trial sets, by dotted name; of a trial that has not started, what is known of it."""
-    return trial.user_attrs.get("point") or {**trial.user_attrs["fixed"], **trial.params}
+    return trial.user_attrs.get("point") or {**trial.user_attrs["fixed"], **_from_parameters(trial.params)}
+
+
+def _parameter(mitigation: str, key: str) -> str:
+    """What Optuna calls a setting. Two mitigations may share one, `every`, with other values each."""
+    return key.replace("mitigation.", f"mitigation.{mitigation}.")
+
+
+def _to_parameters(point: Point) -> Point:
+    name = point.get("mitigation.name")
+    return {
+        key if key == "mitigation.name" or name is None else _parameter(name, key): point[key]
+        for key in point
+    }
+
+
+def _from_parameters(parameters: Point) -> Point:
+    name = parameters.get("mitigation.name")
+    return {key.replace(f"mitigation.{name}.", "mitigation."): value for key, value in parameters.items()}
 
 
 def _take_over(study_dir: Path, study: Study) -> Claim | None:
@@ -233,9 +264,16 @@ def _trial_lock(study_dir: Path, study: Study, number: int) -> ProcessLock:
 def _make_sampler(study: Study, config: SweepConfig, seed: list[int]) -> BaseSampler:
     """A fresh sampler per trial: workers that share a seed, or one started again, would repeat themselves."""
     number = random.Random(repr(seed)).getrandbits(32)
-    stage = config.train if study.user_attrs["stage"] == "train" else config.mitigation
-    if stage.sampler == "tpe":
-        return TPESampler(seed=number, n_startup_trials=max(4, 2 * config.workers))
+    startup = max(4, 2 * config.workers)
+    if study.user_attrs["stage"] == "train":
+        tpe = TPESampler(seed=number, n_startup_trials=startup)
+        return tpe if config.train.sampler == "tpe" else RandomSampler(seed=number)
+    if config.mitigation.sampler == "tpe":
+        # Settings of one mitigation are tuned together, those of others apart; each begins at random.
+        startup *= len(config.mitigation.space)
+        with warnings.catch_warnings():  # `group` is marked as experimental since Optuna 2.8
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return TPESampler(seed=number, n_startup_trials=startup, multivariate=True, group=True)
     return RandomSampler(seed=number)
 
 

@@ -1,7 +1,8 @@
 """One trial: run directories, each with its config and its subprocess, and the value that Optuna is told.
 
-A training trial is `lightning_modules.train`, then `lightning_modules.evaluate` of what it trained; any other
-is one `lightning_modules.evaluate`. Every run can be repeated by hand from its own config.yaml.
+A training trial is `lightning_modules.train`, then `lightning_modules.evaluate` of what it trained; for a
+given checkpoint only the latter. Any other is one `lightning_modules.evaluate`. Every run can be repeated by
+hand from its own config.yaml.
 """
 
 import math
@@ -47,17 +48,21 @@ def run_trial(claim: Claim, config: SweepConfig, study_dir: Path, stop: Callable
     """Run what of the trial is not done yet. Raises TrialFailed, or Interrupted once `stop()` is true."""
     step = _Steps(threads=config.threads_per_trial, stop=stop)
     if claim.stage == "train":
-        trained = step.run("train", claim.run_dir, _train_config(claim, config, study_dir))
+        results, parent = [], claim.study.user_attrs["mlflow_run_id"]
+        given = point_of(claim.trial).get("checkpoint")
+        if given is None:
+            results.append(step.run("train", claim.run_dir, _train_config(claim, config, study_dir)))
+            parent = results[0]["mlflow_run_id"]
         settings = _evaluate_config(
             claim,
             config,
             run_dir=claim.run_dir / "evaluation",
-            checkpoint=claim.run_dir,
-            parent=trained["mlflow_run_id"],
+            checkpoint=Path(given or claim.run_dir),
+            parent=parent,
             point={},
         )
-        evaluated = step.run("evaluate", claim.run_dir / "evaluation", settings)
-        results, metric = [trained, evaluated], config.train.metric
+        results.append(step.run("evaluate", claim.run_dir / "evaluation", settings))
+        metric = config.train.metric
     else:
         settings = _evaluate_config(
             claim,

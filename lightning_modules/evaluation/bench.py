@@ -28,9 +28,11 @@ from lightning_modules.evaluation.suites import plan_loss
 from lightning_modules.figures import save
 from lightning_modules.measuring import (
     identity,
+    open_measuring_dir,
     params,
     reset_peak_memory,
     run_name,
+    source_name,
     to_json,
     tokenizer_of,
     write_output,
@@ -52,12 +54,13 @@ def bench(config: EvaluateConfig) -> dict[str, Any]:
     started = time.monotonic()
     subject = Subject.load(config)
     rules = mitigations(config, subject)
-    run_dir = Path(config.run_dir) if config.run_dir is not None else _own_directory(config)
-    single = replace(config, mitigation=MitigationConfig(), bench={}, run_dir=str(run_dir / "none"))
+    config = replace(config, run_dir=config.run_dir or _own_directory(config))
+    single = replace(config, mitigation=MitigationConfig(), bench={})
     _warm_up(single, subject)
+    run_dir = open_measuring_dir(config, "bench")
     tracker = Tracker(
         config.tracking,
-        _made(run_dir),
+        run_dir,
         name=run_name(config, run_dir),
         params=params(config, subject.trained),
         tags={"command": "evaluate", "checkpoint": config.checkpoint, "mitigation": "all"},
@@ -117,22 +120,9 @@ def mitigations(config: EvaluateConfig, subject: Subject) -> list[MitigationConf
     return [MitigationConfig(), *rules]
 
 
-def _own_directory(config: EvaluateConfig) -> Path:
+def _own_directory(config: EvaluateConfig) -> str:
     """Without a setting: named after the checkpoint and what is measured, for the same command to find."""
-    source = Path(config.checkpoint).resolve()
-    source = source.parents[1] if source.parent.name == "checkpoints" else source.with_suffix("")
-    return Path("runs") / f"bench-{source.name}-{identity(config)[:8]}"
-
-
-def _made(run_dir: Path) -> Path:
-    if (run_dir / "checkpoints").exists() or (run_dir / "lock").exists():
-        raise ValueError(f"run_dir={run_dir}: belongs to a training run: choose another run_dir")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"run_dir={run_dir}: cannot be written ({reason}): choose another") from None
-    return run_dir
+    return f"runs/bench-{source_name(config)}-{identity(config)[:8]}"
 
 
 def _slug(rule: MitigationConfig) -> str:

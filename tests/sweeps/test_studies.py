@@ -21,6 +21,8 @@ from sweeps.studies import (
     load_studies,
     make_study,
     open_journal,
+    plan_comparison,
+    plan_mitigations,
     plan_points,
     plan_samples,
     point_of,
@@ -127,6 +129,44 @@ def test_failures_in_a_row_are_counted_over_all_workers_since_a_time(tmp_path, c
     assert last_failures([study], between) == 1
     assert enqueue(study, plan_samples(4, seeds=[0])) == 3
     assert [trial.user_attrs["retry_of"] for trial in study.get_trials()[4:]] == [0, 2, 3]
+
+
+def test_mitigations_take_turns_and_share_names_of_settings_but_no_values(tmp_path):
+    """`every` of two mitigations: a list of its own each; what was chosen comes back by its config name."""
+    space = {
+        "state_norm": {"max_norm": {"low": 1.0, "high": 9.0}, "every": [16, 64]},
+        "hard_reset": {"every": [128, 256]},
+        "sliding_window": {"window": {"low": 8, "high": 64, "log": True}},
+    }
+    settings = {"mitigation.space": space, "mitigation.sampler": "tpe", "mitigation.trials": 5}
+    config = parse(SweepConfig, [{"name": "t", **settings}])
+    study = make_study(open_journal(tmp_path), "mitigation-0000", "maximize", stage="mitigation", model="m")
+    enqueue(study, plan_comparison([{"mitigation.name": "none"}]) | plan_mitigations(space, 5))
+    failed = 0
+    while taken := claim(tmp_path, [study], config, 0):
+        point = point_of(taken.trial)
+        if "mitigation.window" in point and not failed:
+            failed = taken.trial.number
+            fail(taken, "why")
+        else:
+            finish(taken, value=float(point.get("mitigation.every", 0)), seconds=1.0, mlflow_run_id=None)
+        taken.lock.release()
+    points = [point_of(trial) for trial in study.get_trials()]
+    assert [point["mitigation.name"] for point in points] == ["none", *[*space] * 5]
+    for point in points[1:]:
+        name = point.pop("mitigation.name")
+        assert set(point) == {f"mitigation.{setting}" for setting in space[name]}
+        for setting, values in space[name].items():
+            value = point[f"mitigation.{setting}"]
+            assert value in values if isinstance(values, list) else values["low"] <= value <= values["high"]
+    windows = [point["mitigation.window"] for point in points if "mitigation.window" in point]
+    assert all(isinstance(window, int) for window in windows)
+    assert len(set(windows)) > 2
+    assert enqueue(study, plan_mitigations(space, 5)) == 1
+    again = claim(tmp_path, [study], config, 0)
+    assert again is not None
+    assert point_of(again.trial) == point_of(study.get_trials()[failed])
+    again.lock.release()
 
 
 def test_lock_excludes_another_holder_until_released(tmp_path):

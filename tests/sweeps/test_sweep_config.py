@@ -79,6 +79,7 @@ def test_each_stage_evaluates_on_prompts_of_its_own(arguments):
     config = parse(SweepConfig, [*arguments, "mitigation.confirm.passkey.prompts=9"])
     settings = [evaluation(config, stage=stage) for stage in ("train", "mitigation", "confirm")]
     assert len({stage["seed"] for stage in settings}) == 3
+    assert [stage["split"] for stage in settings] == ["validation", "validation", "test"]
     assert [stage["passkey.prompts"] for stage in settings] == [3, 3, 9]
 
 
