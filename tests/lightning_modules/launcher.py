@@ -6,6 +6,7 @@ times starts it from here instead: same entry point, own process, own output fil
 
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +41,21 @@ def train(argv: list[str], output: Path) -> int:
     return process.exitcode
 
 
+def train_on_ranks(ranks: int, argv: list[str], output: Path) -> list[int | None]:
+    """Run a training on `ranks` gloo processes, as a cluster starts them; returns their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [*argv, f"trainer.devices={ranks}", "trainer.accelerator=cpu"]
+    processes = [start(_main_as_rank, rank, port, argv, output=output) for rank in range(ranks)]
+    while alive := [process for process in processes if process.is_alive()]:
+        if any(process.exitcode for process in processes):  # the others would wait for it
+            for process in alive:
+                process.kill()
+        alive[0].join(0.1)
+    return [process.exitcode for process in processes]
+
+
 def wait_until(condition: Callable[[], bool], process: BaseProcess, seconds: float = 120) -> bool:
     """Poll until `condition()`; False if the process ended first."""
     deadline = time.monotonic() + seconds
@@ -50,6 +66,13 @@ def wait_until(condition: Callable[[], bool], process: BaseProcess, seconds: flo
             return condition()
         time.sleep(0.002)
     raise TimeoutError(f"nothing within {seconds} s")
+
+
+def _main_as_rank(rank: int, port: int, argv: list[str]) -> int:
+    from lightning_modules.train import main
+
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return main(argv)
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...], output: str) -> None:

@@ -1,25 +1,21 @@
 """Two gloo processes train as one does, each with its own rows' states, and one continues what two began."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_modules.checkpoints import checkpoint_path
-from tests.lightning_modules.launcher import train
+from tests.lightning_modules.launcher import train, train_on_ranks
 from tests.lightning_modules.test_resume import assert_equal
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = [
     *("model.d_model=32", "model.n_layers=2", "model.d_state=16", "model.headdim=16", "model.chunk_size=32"),
     *("data.name=documents", "data.documents.layout=consecutive", "data.documents.max_tokens=200000"),
     *("data.train_length=48", "data.batch_size=8", "data.val_sequences=6", "optim.warmup_steps=2"),
-    *("trainer.max_steps=6", "trainer.threads=1", "trainer.accumulate=2", "trainer.accelerator=cpu"),
+    *("trainer.max_steps=6", "trainer.threads=1", "trainer.accumulate=2"),
     *("trainer.log_every=1", "trainer.val_every=3", "trainer.checkpoint_every=3", "tracking.enabled=false"),
 ]
 KINDS = {
@@ -28,11 +24,9 @@ KINDS = {
 }
 
 
-def train_on_two(argv: list[str]) -> None:
-    command = [sys.executable, "-m", "lightning_modules.train", *argv, "trainer.devices=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def train_on_two(run_dir: Path, argv: list[str]) -> None:
+    output = run_dir.parent / "two.txt"
+    assert train_on_ranks(2, [*argv, f"run_dir={run_dir}"], output) == [0, 0], output.read_text()
 
 
 def contents(run_dir: Path, step: int) -> dict:
@@ -75,7 +69,7 @@ def test_two_ranks_train_as_one(tmp_path: Path, kind: str) -> None:
     one, two, mixed = tmp_path / "one", tmp_path / "two", tmp_path / "mixed"
     argv = [*SETTINGS, f"initial_state.name={kind}", *KINDS[kind]]
     assert train([*argv, f"run_dir={one}"], tmp_path / "output.txt") == 0
-    train_on_two([*argv, f"run_dir={two}"])
+    train_on_two(two, argv)
     cut_off(two, mixed)
     assert train([*argv, f"run_dir={mixed}"], tmp_path / "output.txt") == 0
     for part in ("state_dict", "initial_state"):
@@ -89,8 +83,8 @@ def test_two_ranks_train_as_one(tmp_path: Path, kind: str) -> None:
 def test_two_ranks_resume_bit_identical(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     argv = [*SETTINGS, "initial_state.name=passed", "initial_state.reset_probability=0.2"]
-    train_on_two([*argv, f"run_dir={whole}"])
+    train_on_two(whole, argv)
     cut_off(whole, cut)
-    train_on_two([*argv, f"run_dir={cut}"])
+    train_on_two(cut, argv)
     for part in ("state_dict", "optimizer_states", "initial_state"):
         assert_equal(contents(whole, 6)[part], contents(cut, 6)[part], part)
