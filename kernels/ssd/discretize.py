@@ -1,5 +1,7 @@
 """dt -> (log decay, insertion weight): the pointwise part of the scan, shared by every backend."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,10 +55,10 @@ def per_head_factors(A: Tensor, mitigation: Mitigation) -> tuple[Tensor, Tensor 
 
 def _log_alpha(A: Tensor, m: Mitigation) -> Tensor | None:
     """log(alpha_scale) (H,), in A's dtype; None for 0."""
-    if not isinstance(m.alpha_scale, Tensor) and m.alpha_scale == 1.0:
-        return None
     # 0.9999 in fp32 is off by 3e-8, a three-thousandth of what it forgets: take the logarithm in float64
-    return torch.as_tensor(m.alpha_scale, dtype=torch.float64, device=A.device).log().to(A.dtype).expand_as(A)
+    if isinstance(m.alpha_scale, Tensor):
+        return m.alpha_scale.to(A.device, torch.float64).log().to(A.dtype).expand_as(A)
+    return None if m.alpha_scale == 1.0 else torch.full_like(A, math.log(m.alpha_scale))
 
 
 def _times(value: Tensor, factor: float | Tensor) -> Tensor:

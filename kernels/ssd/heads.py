@@ -25,16 +25,23 @@ def spread(mitigation: Mitigation, count: int, device: torch.device) -> Mitigati
     if heads is None:
         return mitigation
     same = copy(mitigation)  # not made anew: that would read the tensors, and wait for the device
-    per_head = {name: value for name in NEUTRAL if (value := getattr(mitigation, name)) is not None}
+    settings = {name: value for name in NEUTRAL if (value := getattr(mitigation, name)) is not None}
     if len(heads) == count:
-        per_head = {}
+        settings = {}
     elif mitigation.window is not None or mitigation.name == "hard_reset":
         return mitigation
-    for name, value in per_head.items():
-        value = torch.as_tensor(value, dtype=torch.float64, device=device)
+    for name, value in settings.items():
+        value = per_head(value, count, device, torch.float64)
         object.__setattr__(same, name, torch.where(_mask(heads, count, device), value, NEUTRAL[name]))
     object.__setattr__(same, "heads", None)
     return same
+
+
+def per_head(value: float | Tensor, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One value a head, (count,). A number is filled in: a copy from the host would wait for a GPU."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype).expand(count)
+    return torch.full((count,), value, device=device, dtype=dtype)
 
 
 def groups_of(heads: tuple[int, ...], count: int, groups: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.ssd.core import Core, Tokens, span_of, token_counts
+from kernels.ssd.heads import per_head
 from kernels.ssd.mitigation import Mitigation
 from kernels.ssd.states import states_after
 from kernels.ssd.window import sliding_window
@@ -99,7 +100,7 @@ def state_norm(
 def _clip(state: Tensor, max_norm: float | Tensor, rows: Tensor) -> Tensor:
     """(B, H): what brings a head's Frobenius norm down to max_norm in these rows, 1 elsewhere."""
     norm = torch.linalg.vector_norm(state, dim=(2, 3))
-    limit = torch.as_tensor(max_norm, dtype=norm.dtype, device=norm.device)
+    limit = per_head(max_norm, norm.shape[1], norm.device, norm.dtype)
     over = (norm > limit) & rows[:, None]
     # one where: at a norm of 0 or a limit of inf the quotient has no gradient
     return torch.where(over, limit, 1.0) / torch.where(over, norm, 1.0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.ssd.core import Tokens
+from kernels.ssd.heads import per_head
 from kernels.ssd.mitigation import Mitigation
 from kernels.ssd.triton_launch import LARGEST, Decay
 from kernels.ssd.triton_scan import on_hopper
@@ -77,8 +78,9 @@ def clipped_scan(
     before = set() if position is None else {count % every for count in position.tolist()}
     if len(before) > 1 or any(count % chunk for count in before):
         return None
-    x, heads = tokens.x, tokens.x.shape[2]
-    max_norm = torch.as_tensor(mitigation.max_norm, dtype=torch.float32, device=x.device).expand(heads)
+    assert mitigation.max_norm is not None
+    x = tokens.x
+    max_norm = per_head(mitigation.max_norm, x.shape[2], x.device, torch.float32)
     x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, tokens.B, tokens.C))
     return _scan_clipped(
         x, tokens.log_decay.float(), tokens.insert.float(), B, C,
