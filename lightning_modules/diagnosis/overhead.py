@@ -3,11 +3,13 @@
     python -m lightning_modules.diagnosis.overhead checkpoint=PATH [key=value ...]
 
 Prints tokens/s of both and how much longer the probed pass takes: by the median over pairs of rounds, and by
-the fastest rounds, which other work on the machine disturbs least.
+the fastest rounds, which other work on the machine disturbs least. On a CPU seconds are those of its cores,
+threads=1 makes them one core's.
 """
 
 import statistics
 import time
+from contextlib import nullcontext
 
 from conf.diagnosis import OverheadConfig
 from conf.load import from_command_line, user_errors
@@ -45,20 +47,16 @@ def measure(config: OverheadConfig) -> tuple[list[float], list[float]]:
     source = random_source(model.config.vocab_size, config.prompts, seed=0)
     reader = Reader(model, Mitigation(), config.segment)
 
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+
     def read(stride: int | None) -> float:
-        probe = StateProbe(model)
-        begun = reader.seconds
-        if stride is None:
-            for _ in reader.losses(source, config.length):
-                pass
-            return reader.seconds - begun
-        probe.stride = stride
-        with probe.attached():
+        probe, start = StateProbe(model), clock()
+        with nullcontext() if stride is None else probe.attached():
+            probe.stride = stride or 1
             for _ in reader.losses_from(source, None, 0, config.length, stride):
-                start = time.perf_counter()
-                probe.take()
-                reader.seconds += time.perf_counter() - start
-        return reader.seconds - begun
+                if stride is not None:
+                    probe.take()
+        return clock() - start
 
     rounds = [(read(None), read(config.stride)) for _ in range(config.rounds + 1)][1:]  # the first warms up
     plain, probed = zip(*rounds, strict=True)
