@@ -10,7 +10,7 @@ from kernels.ssd.core import Tokens
 from kernels.ssd.heads import per_head
 from kernels.ssd.mitigation import Mitigation
 from kernels.ssd.triton_launch import LARGEST, Decay
-from kernels.ssd.triton_scan import on_hopper
+from kernels.ssd.triton_scan import in_reach, on_hopper
 from kernels.triton_support import on_device
 
 CLIPPED_HEADDIM = 64  # a head's whole state in one program: its norm needs no other
@@ -81,7 +81,7 @@ def clipped_scan(
     assert mitigation.max_norm is not None
     x = tokens.x
     max_norm = per_head(mitigation.max_norm, x.shape[2], x.device, torch.float32)
-    x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, tokens.B, tokens.C))
+    x, B, C = (t if in_reach(t) else t.contiguous() for t in (x, tokens.B, tokens.C))
     return _scan_clipped(
         x, tokens.log_decay.float(), tokens.insert.float(), B, C,
         None if D is None else D.float().contiguous(),

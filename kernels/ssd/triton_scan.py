@@ -10,9 +10,15 @@ from kernels.ssd.triton_launch import LARGEST, Decay, Launches
 from kernels.ssd.triton_schedule import LARGEST_STATE, is_hopper
 from kernels.triton_support import on_device
 
+LARGEST_STEP = 2**24  # elements from token to token
 # What the kernels of `hopper_launch` take; all else runs on those of `triton_launch`.
 HOPPER_DTYPES = (torch.bfloat16, torch.float16)
 HOPPER_HEADDIMS, HOPPER_D_STATES = (64, 128), (16, 32, 64, 128, 256)
+
+
+def in_reach(t: Tensor) -> bool:
+    """Whether the kernels read t (B, T, heads, columns) where it is: offsets inside a chunk are 32-bit."""
+    return t.stride(3) == 1 and t.stride(1) <= LARGEST_STEP
 
 
 def on_hopper(x: Tensor, B: Tensor) -> bool:
@@ -171,7 +177,7 @@ def _backward(ctx: Any, dy: Tensor, dfinal: Tensor | None, *_: Tensor | None) ->
     inputs, (sums, inserts, borders) = ctx.saved_tensors[:-3], ctx.saved_tensors[-3:]
     rate, log_alpha, weight, bias, insert = inputs[2:7]
     D = inputs[9]
-    if dy.stride(3) != 1:
+    if not in_reach(dy):
         dy = dy.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
     dx, ddt, per_head, dinsert, dB, dC, dD, dinitial = _scan_backward(
@@ -267,7 +273,7 @@ def _call(
             f"than the {LARGEST_STATE} of the Triton backward pass: use backend='chunked' or no_grad()"
         )
     low, high = limit or (0.0, LARGEST)
-    x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B, C))
+    x, B, C = (t if in_reach(t) else t.contiguous() for t in (x, B, C))
     per_head = (None if t is None else t.float().contiguous() for t in (rate, log_alpha, weight, bias))
     D = None if D is None else D.float().contiguous()
     initial = None if initial is None else initial.float().contiguous()
