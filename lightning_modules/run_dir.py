@@ -103,9 +103,14 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 
 def require_same_config(path: Path, config: TrainConfig) -> None:
-    """Refuse a directory that holds a run of another config, naming the first setting that differs."""
+    """Refuse a directory that holds a run of another config, naming the first setting that differs.
+
+    A run that never began, refused over a setting, say, left nothing to keep: its directory is free.
+    """
     file = path / "config.yaml"
-    if not file.is_file():
+    left = [path / name for name in ("tracking.json", "metrics.jsonl", "result.json")]
+    began = any(f.exists() for f in left) or any((path / "checkpoints").glob("*.ckpt"))
+    if not file.is_file() or not began:
         return
     require_same_settings(path, parse(TrainConfig, [str(file)]), config)
 

@@ -41,9 +41,11 @@ def test_a_run_directorys_config_means_that_run(tmp_path: Path) -> None:
 
 def test_another_config_is_refused_and_the_setting_named(tmp_path: Path) -> None:
     config = TrainConfig()
-    open_run_dir(tmp_path, config).close()
-    require_same_config(tmp_path, config)
     other = replace(config, model=ModelConfig(d_state=32))
+    open_run_dir(tmp_path, other).close()  # a run that never began leaves its directory free
+    open_run_dir(tmp_path, config).close()
+    (tmp_path / "checkpoints" / "step=0000001.ckpt").touch()
+    require_same_config(tmp_path, config)
     with pytest.raises(ValueError, match=r"model.d_state=64, this one has model.d_state=32"):
         open_run_dir(tmp_path, other)
     # What only says where and how fast may change.
