@@ -1,6 +1,7 @@
 """How one call of the Triton scan is cut into chunks, segments and slabs, and its launch settings."""
 
 import functools
+import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -140,7 +141,10 @@ def processors(device: torch.device) -> int:
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether the kernels written for Hopper can run; so it is taken where kernels are only compiled."""
-    if INTERPRET:
+    """Whether the kernels written for Hopper can run; so it is taken where kernels are only compiled.
+
+    They need Gluon, which Triton has had since 3.4.
+    """
+    if INTERPRET or importlib.util.find_spec("triton.experimental") is None:
         return False
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
