@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_modules.diagnosis.probe import StateProbe, Values
+from lightning_modules.diagnosis.probe import MEASURES, StateProbe, Values
 from lightning_modules.evaluation.loss import bucketed
 from lightning_modules.evaluation.streaming import Reader, Source
 from lightning_modules.state import ModelState
@@ -74,9 +74,9 @@ def read_prompt(
 
     Reading ends behind the first segment whose states are not finite; what is kept ends before them.
     """
-    reading = _Reading(reader, probe, source)
     fine, coarse = strides(train_length, length, stride)
     border = train_length // fine * fine
+    reading = _Reading(reader, probe, source, border // fine + (length - border) // coarse)
     channels: list[list[Tensor]] = []
 
     def losses() -> Iterator[tuple[int, Tensor]]:
@@ -86,10 +86,11 @@ def read_prompt(
 
     with probe.attached():
         loss = bucketed(losses(), length, bucket)
+    taken = slice(reading.count)
     return Measures(
         train_length=train_length,
-        positions=np.concatenate(reading.positions),
-        values={name: np.concatenate([taken[name] for taken in reading.taken]) for name in reading.taken[0]},
+        positions=reading.positions[taken],
+        values={name: values[taken] for name, values in reading.values.items()},
         loss=loss,
         channels_inside=[energy.cpu().numpy() for energy in channels[0]],
         channels_end=[energy.cpu().numpy() for energy in channels[-1]],
@@ -98,12 +99,18 @@ def read_prompt(
 
 
 class _Reading:
-    """Reads a prompt part by part and keeps what the probe finds."""
+    """Reads a prompt part by part and keeps what the probe finds.
 
-    def __init__(self, reader: Reader, probe: StateProbe, source: Source) -> None:
+    In arrays made beforehand: small ones that outlive their segment would lie between its large tensors, and
+    the heap would grow with the length though hardly anything is held.
+    """
+
+    def __init__(self, reader: Reader, probe: StateProbe, source: Source, samples: int) -> None:
         self.reader, self.probe, self.source = reader, probe, source
-        self.positions: list[NDArray[np.int64]] = []
-        self.taken: list[Values] = []
+        shape = (samples, probe.model.config.n_layers, probe.model.config.n_heads)
+        self.values: Values = {name: np.zeros(shape) for name in MEASURES}
+        self.positions = np.zeros(samples, np.int64)
+        self.count = 0
         self.channels: list[Tensor] = []
         self.non_finite: NonFinite | None = None
         self._state: ModelState | None = None
@@ -121,12 +128,18 @@ class _Reading:
             positions = position + stride * np.arange(1, len(taken["rms"]) + 1)
             position = int(positions[-1]) if len(positions) else position
             self.non_finite = _first_non_finite(positions, taken)
-            finite = slice(None) if self.non_finite is None else positions < self.non_finite.position
-            self.positions.append(positions[finite])
-            self.taken.append({name: values[finite] for name, values in taken.items()})
             if self.non_finite is not None:
+                self._keep(positions, taken, positions < self.non_finite.position)
                 return
+            self._keep(positions, taken, np.ones(len(positions), bool))
             self.channels = self.probe.channels()
+
+    def _keep(self, positions: NDArray[np.int64], taken: Values, finite: NDArray[np.bool_]) -> None:
+        end = self.count + int(finite.sum())
+        self.positions[self.count : end] = positions[finite]
+        for name, values in taken.items():
+            self.values[name][self.count : end] = values[finite]
+        self.count = end
 
 
 def _first_non_finite(positions: NDArray[np.int64], values: Values) -> NonFinite | None:
