@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ssd.core import Core, Tokens
+from kernels.ssd.core import Core, Tokens, span_of
 from kernels.ssd.heads import groups_of
 from kernels.ssd.mitigation import Mitigation
 from kernels.ssd.states import states_after
@@ -83,16 +83,21 @@ def sliding_window(
 ) -> tuple[Tensor, Window, Tensor | None]:
     """y, the next window and, with `states_every`, the windows' states: two scans, and r tokens for a piece
     however short."""
-    whole, starts = with_past(tokens, past, document_starts, window)
+    # without a past nothing lies before the first block, whose tokens then take no part in the second scan
+    skipped = window if past is None and states_every is None and tokens.length > window else 0
+    if skipped:
+        whole, starts = tokens.span(1, tokens.length), span_of(document_starts, 1, tokens.length)
+    else:
+        whole, starts = with_past(tokens, past, document_starts, window)
     resets = _block_starts(tokens.x, tokens.length, window)
     resets = resets if document_starts is None else resets | document_starts
     y, _ = core(*tokens, D, None, resets)
     states = None if states_every is None else states_after(tokens, None, resets, states_every)
     if window > 1:
-        earlier, reach = _blocks_before(whole, tokens.C, starts, window)
+        earlier, reach = _blocks_before(whole, tokens.C[:, skipped:], starts, window)
         resets = _block_starts(tokens.x, earlier.length, window)
-        far = core(*earlier, None, None, resets)[0].flip(1)[:, : tokens.length]
-        y = y + (far * reach[..., None]).to(y.dtype)
+        far = core(*earlier, None, None, resets)[0].flip(1)[:, : tokens.length - skipped]
+        y.narrow(1, skipped, far.shape[1]).addcmul_(far, reach[..., None])
         if states is not None and states_every is not None:
             far_states = _states_before(earlier, resets, states_every)[:, : states.shape[1]]
             states = states + reach[:, states_every - 1 :: states_every, :, None, None] * far_states
@@ -142,8 +147,7 @@ def _blocks_before(whole: Tokens, C: Tensor, starts: Tensor | None, window: int)
     def blocks(t: Tensor, first: int) -> Tensor:
         return t[:, first : first + count * window].unflatten(1, (count, window))
 
-    x, log_decay, insert, B = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in whole[:4])
-    sums = log_decay.double().cumsum(1)
+    sums = F.pad(whole.log_decay, (0, 0, 0, pad)).double().cumsum(1)
     here, there = blocks(sums, window - 1), blocks(sums, 0)[:, :, :-1]
     border = there[:, :, -1:]
     reach, weight = (here - border).exp(), (border - there).exp()
@@ -152,10 +156,12 @@ def _blocks_before(whole: Tokens, C: Tensor, starts: Tensor | None, window: int)
         document = blocks(documents, 0)[:, :, -2:-1]  # at the border
         reach = reach * (blocks(documents, window - 1) == document)
         weight = weight * (blocks(documents, 0)[:, :, :-1] == document)
-    weight = F.pad(weight * blocks(insert, 0)[:, :, :-1], (0, 0, 0, 1)).flatten(1, 2).to(insert.dtype)
+    weight = weight * blocks(whole.insert, 0)[:, :, :-1]
+    weight = F.pad(weight, (0, 0, 0, 1)).flatten(1, 2).to(whole.insert.dtype)
     C = F.pad(C, (0, 0, 0, 0, 0, pad))
-    backwards = [t[:, : count * window].flip(1) for t in (x, torch.zeros_like(weight), weight, B, C)]
-    return Tokens(*backwards), reach.flatten(1, 2)[:, :length].to(insert.dtype)
+    order = (whole.x, torch.zeros_like(weight), weight, whole.B, C)
+    backwards = Tokens(*(t[:, : count * window].flip(1) for t in order))
+    return backwards, reach.flatten(1, 2)[:, :length].to(weight.dtype)
 
 
 def _states_before(earlier: Tokens, resets: Tensor, every: int) -> Tensor:
