@@ -50,7 +50,7 @@ def run(command: list[str], folder: Path) -> str:
 
 
 def test_first_steps_in_shell_and_python(workspace: Path) -> None:
-    train, *evaluations = commands("python -m lightning_modules")[:3]
+    train, *evaluations, diagnose = commands("python -m lightning_modules")[:4]
     assert "lightning_modules.train" in train
     assert "completed" in run(train, workspace)
     (continuation,) = (c for c in commands("python") if "conf/train/continue-passed.yaml" in c)
@@ -58,6 +58,8 @@ def test_first_steps_in_shell_and_python(workspace: Path) -> None:
     for evaluate in evaluations:
         assert "lightning_modules.evaluate" in evaluate
         assert "exact match" in run(evaluate, workspace)
+    assert "lightning_modules.diagnose" in diagnose
+    assert "diagnosis.html" in run(diagnose, workspace)
     (snippet,) = blocks("python")
     run(["python", "-c", snippet], workspace)
 
