@@ -43,7 +43,8 @@ class FilterConfig:
 
 @dataclass(kw_only=True)
 class SearchConfig:
-    """delta_scale, decay_scale: a factor for each layer by zeroth-order search (SPSA)."""
+    """delta_scale, decay_scale: a factor for each layer by zeroth-order search (SPSA) of the loss on held-out
+    text longer than in training: of all tokens of documents, of the answers of a task."""
 
     length: int | None = option(
         None, "tokens of the texts whose loss is lowered; none: 16x the training length"

@@ -4,7 +4,8 @@
 
 state_norm      the largest norm (or a quantile) of every head's state within the training length
 token_filter    LongMamba's thresholds of dt for heads that remember, by prompt length
-delta_scale     a factor of dt for every layer, by zeroth-order search of the loss beyond the training length
+delta_scale     a factor of dt for every layer, by zeroth-order search of the loss beyond the training length:
+                of all tokens of documents, of the answers of a task
 decay_scale     a factor of A for every layer, likewise
 
 Writes a small file next to the checkpoint (or output=FILE) with the identity of its weights. Every command

@@ -13,6 +13,7 @@ import torch
 from conf.calibrate_schema import CalibrateConfig
 from conf.load import to_dict
 from conf.schema import TrainConfig
+from data.passkey import PasskeyTask
 from data.tokenizers import Tokenizer
 from kernels.ssd import Mitigation
 from lightning_modules.backbone import Mamba2LM
@@ -20,7 +21,8 @@ from lightning_modules.calibration.file import Calibration, beside, fingerprint
 from lightning_modules.calibration.search import search
 from lightning_modules.calibration.statistics import state_norms, threshold_table, time_steps
 from lightning_modules.checkpoints import load_config, load_model
-from lightning_modules.evaluation.loss import held_out_text
+from lightning_modules.evaluation.loss import held_out_text, prompts_source
+from lightning_modules.evaluation.splits import draw_seed
 from lightning_modules.evaluation.streaming import Reader, Source
 from lightning_modules.measuring import choose_device, show_progress, tokenizer_of
 from lightning_modules.mitigations import LayerMitigations
@@ -67,7 +69,14 @@ def measure(
     source, text = held_out_text(
         trained.data, tokenizer, "calibration", length, config.sequences, config.seed, setting
     )
-    task = Task(config, model, source, length)
+    ids = source(0, length + 1)  # once: a search reads it many times
+    task = Task(
+        config,
+        model,
+        lambda begin, end: ids[:, begin:end],
+        length,
+        _asked(config, trained, tokenizer, length),
+    )
     work = {"state_norm": task.norms, "token_filter": task.filter}.get(name, task.scales)
     section = {"state_norm": "norms", "token_filter": "filter"}.get(name, "search")
     kept = ("seed", "sequences", section)
@@ -82,14 +91,30 @@ def measure(
     )
 
 
+def _asked(config: CalibrateConfig, trained: TrainConfig, tokenizer: Tokenizer, length: int) -> torch.Tensor:
+    """Which tokens the search's loss is of, (sequences, length) bool: what the checkpoint was trained for.
+
+    Of a task the answers: its filler is best predicted by a model that has forgotten everything.
+    """
+    if trained.data.name != "passkey":
+        return torch.ones(config.sequences, length, dtype=torch.bool)
+    task, seed = PasskeyTask(tokenizer, trained.data.passkey), draw_seed(config.seed, "calibration")
+    answers = prompts_source(task, trained.data.train_length, config.sequences, seed, field="answer")
+    return torch.from_numpy(answers(0, length))
+
+
 @dataclass(frozen=True)
 class Task:
-    """Text of `length` tokens, and a model to read it; each method gives a Calibration's findings."""
+    """Text of `length` tokens, and a model to read it; each method gives a Calibration's findings.
+
+    asked: (sequences, length) bool, the tokens after the first whose loss a search lowers.
+    """
 
     config: CalibrateConfig
     model: Mamba2LM
     source: Source
     length: int
+    asked: torch.Tensor
 
     def norms(self) -> dict[str, Any]:
         stride = self.config.norms.stride or max(1, self.length // NORM_POINTS)
@@ -117,8 +142,8 @@ class Task:
             def loss(factors: list[float]) -> float:
                 rules = [Mitigation(name, **{name: factor}) for factor in factors]  # type: ignore[arg-type]
                 reader.mitigation = LayerMitigations(tuple(rules))
-                sums = [float(part.double().sum()) for _, part in reader.losses(self.source, self.length)]
-                return sum(sums) / (self.config.sequences * self.length)
+                parts = [part.cpu() for _, part in reader.losses(self.source, self.length)]
+                return float(torch.cat(parts, 1)[self.asked].double().mean())
 
             found = search(
                 loss,
@@ -128,7 +153,7 @@ class Task:
                 step=settings.step,
                 seed=self.config.seed,
             )
-        losses = {"loss": found.loss, "loss_without": found.neutral_loss}
+        losses = {"loss": found.loss, "loss_without": found.neutral_loss, "tokens": int(self.asked.sum())}
         return {"values": _rounded(torch.tensor(found.factors)), "found": losses}
 
     @contextmanager
@@ -151,10 +176,10 @@ def describe(calibration: Calibration) -> list[str]:
             return [f"no head keeps {keeps}: token_filter changes nothing"]
         return [f"{len(heads)} of {values[-1].numel()} heads keep {keeps}: {' '.join(heads[:20])}"]
     found, factors = calibration.found, ", ".join(f"{value:.3g}" for value in calibration.values[:20])
-    return [
-        f"{name} by layer: {factors}",
-        f"loss {found['loss_without']:.4f} -> {found['loss']:.4f} nats a token",
-    ]
+    lowered = (
+        f"loss {found['loss_without']:.4f} -> {found['loss']:.4f} nats, mean of {found['tokens']:,} tokens"
+    )
+    return [f"{name} by layer: {factors}", lowered]
 
 
 def _rounded(values: torch.Tensor) -> list[Any]:

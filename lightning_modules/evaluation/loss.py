@@ -18,18 +18,22 @@ from lightning_modules.evaluation.streaming import Reader, Source
 STREAM = 0x7E58  # first word of the generator's seed: no training stream begins with it
 
 
-def prompts_source(task: PasskeyTask, train_length: int, prompts: int, seed: int) -> Source:
+def prompts_source(
+    task: PasskeyTask, train_length: int, prompts: int, seed: int, field: str = "ids"
+) -> Source:
     """Passkey prompts of the training length, one after another, each with a key of its own.
 
     Every stretch of one training length is text as in training, so what differs between stretches is only
     how much came before. Filler alone would not do: with time the model rightly expects needle and question.
     Text behind an answer is new to the model, so the first stretch beyond the training length overstates.
+
+    field: "answer" gives, in place of each token, whether the one behind it is a digit of an answer.
     """
 
     def source(begin: int, end: int) -> NDArray[np.int64]:
         first, last = begin // train_length, -(-end // train_length)
         rows = [
-            task.sample(train_length, range(i * prompts, (i + 1) * prompts), (STREAM, seed))["ids"].numpy()
+            task.sample(train_length, range(i * prompts, (i + 1) * prompts), (STREAM, seed))[field].numpy()
             for i in range(first, last)
         ]
         return np.concatenate(rows, 1)[:, begin - first * train_length : end - first * train_length]

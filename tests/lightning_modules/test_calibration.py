@@ -9,11 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.schema import ModelConfig
+from conf.schema import ModelConfig, PasskeyConfig
+from data.passkey import PasskeyTask
+from data.tokenizers import load_tokenizer
 from kernels.ssd import Mitigation
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.search import search
 from lightning_modules.calibration.statistics import mixers, state_norms, threshold_table, time_steps
+from lightning_modules.evaluation.loss import prompts_source
 from lightning_modules.evaluation.streaming import Reader
 
 LENGTH = 60
@@ -130,3 +133,16 @@ def test_the_search_is_never_worse_than_its_start(bad: float) -> None:
     # infinite on one side only: the other is taken
     found = search(lambda f: bad if f[0] > 1 else f[0], 1, evaluations=9, perturbation=0.1, step=0.2, seed=0)
     assert found.factors[0] < 0.8
+
+
+def test_the_answers_of_a_text_are_the_digits_behind_its_questions() -> None:
+    """Two prompts one after another: five digits each, those of the text's own last tokens."""
+    task = PasskeyTask(load_tokenizer("bytes"), PasskeyConfig())
+    ids = prompts_source(task, 160, 3, seed=4)(0, 321)
+    asked = prompts_source(task, 160, 3, seed=4, field="answer")(0, 320)
+    assert asked.shape == (3, 320)
+    assert asked.sum(1).tolist() == [10, 10, 10]
+    for row, here in zip(ids, asked, strict=True):
+        digits = bytes(row[1:][here].tolist()).decode()
+        assert digits == bytes([*row[155:160], *row[315:320]]).decode()
+        assert digits.isdigit()
