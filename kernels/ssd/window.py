@@ -97,7 +97,8 @@ def sliding_window(
         earlier, reach = _blocks_before(whole, tokens.C[:, skipped:], starts, window)
         resets = _block_starts(tokens.x, earlier.length, window)
         far = core(*earlier, None, None, resets)[0].flip(1)[:, : tokens.length - skipped]
-        y.narrow(1, skipped, far.shape[1]).addcmul_(far, reach[..., None])
+        # a product in fp32, as is then the gradient of reach: addcmul would sum that one in bf16
+        y.narrow(1, skipped, far.shape[1]).add_((far * reach[..., None]).to(y.dtype))
         if states is not None and states_every is not None:
             far_states = _states_before(earlier, resets, states_every)[:, : states.shape[1]]
             states = states + reach[:, states_every - 1 :: states_every, :, None, None] * far_states
