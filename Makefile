@@ -44,7 +44,7 @@ ui: $(STAMP) ## every run in the browser, on 127.0.0.1 only
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true $(VENV)/bin/mlflow ui \
 		--backend-store-uri $(STORE) --host 127.0.0.1 --port $(PORT) --workers 1
 
-test: $(STAMP) ## the tests, about 6 minutes on 2 cores
+test: $(STAMP) ## the tests, about 8 minutes on 2 cores
 	@$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-all: $(STAMP) ## all tests, minutes-long and GPU ones included
