@@ -22,6 +22,20 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("longstate")
 
 
+WHOLE_COMMANDS = (
+    "test_readme",
+    "test_smoke_sweep",
+    "test_given_checkpoints",
+    "test_interruption",
+    "test_resume",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that workers run out of tests together."""
+    items.sort(key=lambda item: item.path.stem not in WHOLE_COMMANDS)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed_and_threads() -> None:
     """Every test starts from the same random state, on one thread (faster for small tensors)."""

@@ -1,4 +1,7 @@
-"""README's commands run as they stand, in a folder that holds nothing but the project's packages."""
+"""README's commands run as they stand, in a folder that holds nothing but the project's packages.
+
+The first starts Python anew, the others in a process that has made the slow imports already.
+"""
 
 import os
 import re
@@ -8,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.lightning_modules.launcher import run_python
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("conf", "data", "kernels", "lightning_modules", "sweeps")
@@ -40,19 +45,27 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: list[str], folder: Path) -> str:
+def run_anew(command: list[str], folder: Path) -> str:
     assert command[0] == "python"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    environment = os.environ | {"PYTHONWARNINGS": "default"}
     line = [sys.executable, *command[1:]]
     done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 
 
+def run(command: list[str], folder: Path) -> str:
+    output = folder / "output.txt"
+    output.unlink(missing_ok=True)
+    status = run_python(command, folder, output)
+    assert status == 0, f"{shlex.join(command)}\n{output.read_text()[-4000:]}"
+    return output.read_text()
+
+
 def test_first_steps_in_shell_and_python(workspace: Path) -> None:
     train, *evaluations, diagnose = commands("python -m lightning_modules")[:4]
     assert "lightning_modules.train" in train
-    assert "completed" in run(train, workspace)
+    assert "completed" in run_anew(train, workspace)
     (continuation,) = (c for c in commands("python") if "conf/train/continue-passed.yaml" in c)
     assert "completed" in run([*continuation, "trainer.max_steps=3"], workspace)
     for evaluate in evaluations:
@@ -76,7 +89,7 @@ def test_training_on_own_text(workspace: Path) -> None:
 @pytest.mark.slow
 def test_sweep(workspace: Path) -> None:
     (sweep,) = commands("python -m sweeps.run")
-    assert "Figures:" in run(sweep, workspace)
+    assert "Figures:" in run_anew(sweep, workspace)
 
 
 def test_every_make_target_named_exists() -> None:

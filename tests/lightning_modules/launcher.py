@@ -6,6 +6,7 @@ times starts it from here instead: same entry point, own process, own output fil
 
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 import time
@@ -41,6 +42,17 @@ def train(argv: list[str], output: Path) -> int:
     return process.exitcode
 
 
+def run_python(command: list[str], folder: Path, output: Path) -> int:
+    """Run `python -m MODULE ...` or `python -c CODE ...` in `folder`; returns its exit status."""
+    python, option, *argv = command
+    assert python == "python"
+    assert option in ("-m", "-c")
+    process = start(_python, option, argv, str(folder), output=output)
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
 def train_on_ranks(ranks: int, argv: list[str], output: Path) -> list[int | None]:
     """Run a training on `ranks` gloo processes, as a cluster starts them; returns their exit statuses."""
     with socket.socket() as free:
@@ -66,6 +78,15 @@ def wait_until(condition: Callable[[], bool], process: BaseProcess, seconds: flo
             return condition()
         time.sleep(0.002)
     raise TimeoutError(f"nothing within {seconds} s")
+
+
+def _python(option: str, argv: list[str], folder: str) -> None:
+    os.chdir(folder)
+    sys.argv = argv if option == "-m" else ["-c", *argv[1:]]
+    if option == "-m":
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    else:
+        exec(argv[0], {"__name__": "__main__"})
 
 
 def _main_as_rank(rank: int, port: int, argv: list[str]) -> int:
