@@ -20,6 +20,7 @@ from kernels.ssd.hopper_tiles import (
     chunk_decays,
     chunk_documents,
     clear_tail,
+    clip_factor,
     cta_barrier,
     next_stage,
     rows_of,
@@ -41,13 +42,15 @@ def hopper_forward_kernel(
     x, B, C, y, y_rows, sums, inserts, D, documents, initial, borders, cu_seqlens, final, max_norm,
     T, segments, segment_chunks, H, heads_per_group, clip_chunks, clipped_before,
     P: gl.constexpr, STAGES: gl.constexpr, D_KIND: gl.constexpr, DOCUMENTS: gl.constexpr,
-    INITIAL: gl.constexpr, PARALLEL: gl.constexpr, CLIP: gl.constexpr, VARLEN: gl.constexpr,
+    INITIAL: gl.constexpr, BORDERS: gl.constexpr, PARALLEL: gl.constexpr, CLIP: gl.constexpr,
+    VARLEN: gl.constexpr,
 ):  # fmt: skip
     """One head, 64 of its channels, of one row: one segment of it if PARALLEL, else all.
 
     x, B, C, y are descriptors over (tokens of all rows, heads * P or groups * N), y_rows y's pointer.
     borders (rows, segments, H, P, N) fp32, the states before the segments, are read if PARALLEL, else
-    written. The state before the row is initial or zero, that after it goes to `final`.
+    written; without BORDERS these are zero. The state before the row is initial or zero, that after it goes
+    to `final`.
     D_KIND: 0 none, 1 (H,), 2 (H, P).
     CLIP: after every clip_chunks chunks, counted from clipped_before chunks before the row, a state's
     Frobenius norm is brought down to max_norm (H,); all of a head in one program.
@@ -120,7 +123,7 @@ def hopper_forward_kernel(
     n = gl.arange(0, N, gl.SliceLayout(0, mma_s))
     row_place = (row.to(gl.int64) * H + h) * (P * N)
     border = ((row.to(gl.int64) * segments + segment) * H + h) * (P * N)
-    if PARALLEL:
+    if PARALLEL and BORDERS:
         state = gl.load(borders + border + state_places(p, n, N, segment))
     elif INITIAL:
         state = gl.load(initial + row_place + state_places(p, n, N, segment))
@@ -196,8 +199,7 @@ def hopper_forward_kernel(
         state = warpgroup_mma_wait(0, deps=[state])
         if CLIP:  # noqa: SIM102
             if count == Q and (c + 1 + clipped_before) % clip_chunks == 0:
-                norm = gl.sqrt(gl.sum(gl.sum(state * state, 1), 0))
-                state = state * gl.where(norm > limit, limit / norm, 1.0)
+                state = state * clip_factor(state, limit)
         cta_barrier()
         if count == Q:
             tma.async_copy_shared_to_global(y, [row_token + t, column], ys)

@@ -57,9 +57,9 @@ def _fetch(
 
 
 @gluon.jit
-def _visible(r, q, documents, DOCUMENTS: gl.constexpr):
+def _visible(r, q, documents, DOCUMENTS: gl.constexpr, REVERSED: gl.constexpr):
     """Which targets q see the source r, (r, q)."""
-    seen = r[:, None] <= q[None, :]
+    seen = r[:, None] >= q[None, :] if REVERSED else r[:, None] <= q[None, :]
     if DOCUMENTS:
         seen = seen & (documents.load(r.type.layout)[:, None] == documents.load(q.type.layout)[None, :])
     return seen
@@ -70,6 +70,7 @@ def _inside(
     xs, dys, Ss, Rs, Bt, Ct, ring, others, fars, vectors, square, doc_v, dxs, dx, dx_rows, sums, inserts,
     documents, D, dsums, dinserts, dD, t, end, T, steps, count, token, column, heads_stride,
     BLOCKS: gl.constexpr, STAGES: gl.constexpr, D_KIND: gl.constexpr, DOCUMENTS: gl.constexpr,
+    REVERSED: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = xs.dtype
     Q: gl.constexpr = Bt.shape[0]
@@ -86,7 +87,7 @@ def _inside(
     at_r, at_q = gl.arange(0, Q, rows), gl.arange(0, Q, columns)
     zero = gl.zeros([Q, Q], gl.float32, mma)
     scores = warpgroup_mma(Bt, Ct.permute((1, 0)), zero, use_acc=False)
-    scores = gl.where(_visible(at_r, at_q, doc_v, DOCUMENTS), scores, 0.0)
+    scores = gl.where(_visible(at_r, at_q, doc_v, DOCUMENTS, REVERSED), scores, 0.0)
     gathered, diagonal = zero, at_r[:, None] == at_q[None, :]
     ds_sum, dw_sum = gl.zeros([Q], gl.float32, rows), gl.zeros([Q], gl.float32, rows)
     dD_sum = 0.0
@@ -143,9 +144,11 @@ def _inside(
         gradient += fars.load(mma)
         # row and column sums are equal on the diagonal: taken from each other first, no noise stays there
         ds = (inside_q - inside * w) + vectors.index(DS).load(rows)
-        # sums over a vector as it lies along the columns need no other warp
-        to_last = gl.sum(vectors.index(LAST).load(columns) + vectors.index(BORDER).load(columns), 0)
-        ds_sum += ds + gl.where(at_r == count - 1, to_last, 0.0)
+        if REVERSED:  # no decays: what is asked for is the gradient of dy's scale, ds + w dw
+            ds_sum += ds
+        else:  # sums over a vector as it lies along the columns need no other warp
+            to_last = gl.sum(vectors.index(LAST).load(columns) + vectors.index(BORDER).load(columns), 0)
+            ds_sum += ds + gl.where(at_r == count - 1, to_last, 0.0)
         dw_sum += inside + vectors.index(DW).load(rows)
         if D_KIND == 1:
             dD_sum += gl.sum(vectors.index(X_DY).load(columns), 0)
@@ -171,7 +174,7 @@ def _inside(
                 dD_sum = 0.0
         stage, phase = next_stage(stage, phase, STAGES)
     tma.store_wait(0)
-    square.store(gl.where(_visible(at_r, at_q, doc_v, DOCUMENTS), gathered, 0.0).to(dtype))
+    square.store(gl.where(_visible(at_r, at_q, doc_v, DOCUMENTS, REVERSED), gathered, 0.0).to(dtype))
     fence_async_shared()
     cta_barrier()
     mbarrier.arrive(others.index(SQUARE_FULL), count=1)
@@ -181,7 +184,7 @@ def _inside(
 def _through(
     xs, dys, Ss, Rs, Bt, Ct, ring, others, fars, vectors, square, sums, inserts, documents, dB, dC,
     t, end, T, steps, stride, count,
-    BLOCKS: gl.constexpr, STAGES: gl.constexpr, DOCUMENTS: gl.constexpr,
+    BLOCKS: gl.constexpr, STAGES: gl.constexpr, DOCUMENTS: gl.constexpr, REVERSED: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = xs.dtype
     Q: gl.constexpr = Bt.shape[0]
@@ -204,8 +207,8 @@ def _through(
         xt, dyt, St, Rt = xs.index(stage), dys.index(stage), Ss.index(stage), Rs.index(stage)
         to_end, from_start = gl.exp2(last_next - s_next), gl.exp2(s_next)
         if DOCUMENTS:
-            from_start = gl.where(doc == doc_before, from_start, 0.0)
-            to_end = gl.where(doc == doc_last, to_end, 0.0)
+            from_start = gl.where(doc == (doc_last if REVERSED else doc_before), from_start, 0.0)
+            to_end = gl.where(doc == (doc_before if REVERSED else doc_last), to_end, 0.0)
         cta_barrier()
         w_v.store(w_next)
         to_end_v.store(to_end)
@@ -255,18 +258,20 @@ def _through(
     gl.store(dC + places, dC_sum.to(dC.dtype.element_ty), mask=known)
 
 
-@gluon.jit(do_not_specialize=["T", "first", "chunks", "n_slots"])
+@gluon.jit(do_not_specialize=["T", "first", "chunks", "n_slots", "part_first", "part_length"])
 def hopper_gradient_kernel(
     x, B, C, dy, S, R, dx, dx_rows, sums, inserts, D, documents, slots, dsums, dinserts, dD, dB, dC,
-    T, first, chunks, n_slots, H, G, heads_per_group, splits,
+    T, first, chunks, n_slots, part_first, part_length, H, G, heads_per_group, splits,
     P: gl.constexpr, STAGES: gl.constexpr, D_KIND: gl.constexpr, DOCUMENTS: gl.constexpr,
-    VARLEN: gl.constexpr,
+    VARLEN: gl.constexpr, REVERSED: gl.constexpr,
 ):  # fmt: skip
     """One chunk, 1 / splits of the heads of one group.
 
     x, B, C, dy, dx: descriptors over tokens; S, R: over (slots * H * P, N), the states that enter the chunks
     and the gradients of those that leave. dx_rows: dx's pointer. dsums, dinserts (B, H, T) fp32. dD (slots,
-    H) or (slots, H, P) fp32. dB, dC (splits, tokens, G, N), of this program's heads.
+    H) or (slots, H, P) fp32. dB, dC (splits, B, part_length, G, N), from token
+    part_first of a row on, of this program's heads.
+    REVERSED: of a scan without decays that runs backwards in time; S then comes from behind, R from before.
     """
     dtype: gl.constexpr = x.dtype
     Q: gl.constexpr = x.block_shape[0]
@@ -281,10 +286,10 @@ def hopper_gradient_kernel(
         batch = slot * 0
         t = gl.load(slots + slot).to(gl.int32)
         end = gl.load(slots + n_slots + slot).to(gl.int32)
-        tokens = T.to(gl.int64)
+        rows = slot * 0 + 1
     else:
         batch, t, end = slot // chunks, (first + slot % chunks) * Q, slot * 0 + T
-        tokens = (n_slots // chunks).to(gl.int64) * T
+        rows = n_slots // chunks
     count = gl.minimum(end - t, Q)
     if count <= 0:  # a slot of packed sequences that holds no token
         return
@@ -328,7 +333,8 @@ def hopper_gradient_kernel(
     by_head = (batch.to(gl.int64) * H + head) * T
     sums, inserts, dsums, dinserts = sums + by_head, inserts + by_head, dsums + by_head, dinserts + by_head
     stride = G * N
-    of_group = (split.to(gl.int64) * tokens + token) * stride + g * N
+    of_group = (split.to(gl.int64) * rows + batch) * part_length + t - part_first
+    of_group = of_group * stride + g * N
     dB, dC = dB + of_group, dC + of_group
     if D_KIND == 1:
         D, dD = D + head, dD + slot.to(gl.int64) * H + head
@@ -341,11 +347,11 @@ def hopper_gradient_kernel(
             (_inside, (
                 xs, dys, Ss, Rs, Bt, Ct, ring, others, fars, vectors, square, doc_v, dxs, dx, dx_rows, sums,
                 inserts, documents, D, dsums, dinserts, dD, t, end, T, steps, count, token, column, H * P,
-                BLOCKS, STAGES, D_KIND, DOCUMENTS,
+                BLOCKS, STAGES, D_KIND, DOCUMENTS, REVERSED,
             )),
             (_through, (
                 xs, dys, Ss, Rs, Bt, Ct, ring, others, fars, vectors, square, sums, inserts, documents, dB,
-                dC, t, end, T, steps, stride, count, BLOCKS, STAGES, DOCUMENTS,
+                dC, t, end, T, steps, stride, count, BLOCKS, STAGES, DOCUMENTS, REVERSED,
             )),
             (_fetch, (x, dy, S, R, xs, dys, Ss, Rs, ring, token, column, line, steps, STAGES)),
         ],

@@ -9,8 +9,10 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.ssd.hopper_clip import hopper_clip_kernel
 from kernels.ssd.hopper_forward import hopper_forward_kernel
 from kernels.ssd.hopper_gradient import hopper_gradient_kernel
+from kernels.ssd.hopper_reach import hopper_reach_kernel
 from kernels.ssd.hopper_states import hopper_ends_kernel, hopper_slab_kernel
 from kernels.ssd.hopper_tiles import CHANNELS, CHUNK
 from kernels.ssd.triton_launch import Launches
@@ -19,6 +21,7 @@ from kernels.tuning import Config
 
 ALIGNMENT = 16  # bytes: of addresses and strides that TMA takes
 SHORTEST_SEGMENT = 8  # chunks
+SLAB_SHARE = 16  # of the chunks of a long row, in one slab
 
 
 def hopper_schedule(
@@ -32,16 +35,16 @@ def hopper_schedule(
     segments: int = 0,
 ) -> Schedule:
     """As `triton_schedule.schedule`. A slab gives every processor a chunk or several for the gradient kernel
-    and, where rows are cut, about two segments for the states kernel."""
+    and, where rows are cut, about a segment of each direction for the states kernel."""
     chunks, programs = triton.cdiv(length, CHUNK), rows * heads * headdim // CHANNELS
     states_bytes = 2 * rows * heads * headdim * d_state * 2  # of one chunk of every row
     wave = max(1, processors // (rows * groups))  # chunks of a row that run at once
-    slab = max(SLAB_BYTES // states_bytes, chunks // 8)
+    slab = max(SLAB_BYTES // states_bytes, chunks // SLAB_SHARE)
     slab = min(chunks, max(1, round(slab / wave)) * wave)
     if segments == 1 or (segments == 0 and programs >= processors):
         return Schedule(CHUNK, CHANNELS, triton.cdiv(chunks, slab), slab, False, slab)
     if segments == 0:
-        segment = min(max(triton.cdiv(slab * programs, 2 * processors), SHORTEST_SEGMENT), chunks)
+        segment = min(max(triton.cdiv(slab * programs, processors), SHORTEST_SEGMENT), chunks)
     else:
         segment = triton.cdiv(chunks, segments)
     slab = max(1, slab // segment) * segment
@@ -53,6 +56,12 @@ def forward_configs(d_state: int) -> tuple[Config, ...]:
     if d_state > 128:
         return (Config(num_warps=8, meta={"STAGES": 2}),)
     return tuple(Config(num_warps=4, meta={"STAGES": stages}) for stages in (2, 3))
+
+
+def clip_configs(d_state: int) -> tuple[Config, ...]:
+    """Launch settings of the walk under state_norm, the default first: it waits for itself, so 8 warps."""
+    warps = 8 if d_state > 16 else 4
+    return tuple(Config(num_warps=warps, meta={"STAGES": stages}) for stages in (4, 3))
 
 
 def states_configs(d_state: int) -> tuple[Config, ...]:
@@ -82,7 +91,18 @@ class Clip(NamedTuple):
 class HopperLaunches(Launches):
     """`Launches` on the kernels of this folder's `hopper_*.py`."""
 
-    def __init__(self, x: Tensor, B: Tensor, C: Tensor, *rest: Any) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        B: Tensor,
+        C: Tensor,
+        *rest: Any,
+        apart: int = 0,
+        reversed: bool = False,
+    ) -> None:
+        """apart: the state is zero before every so many chunks. reversed: time runs backwards in
+        `all_gradients`, nothing decays, and borders and ends are those of dy and x."""
+        self.apart, self.reversed = apart, reversed
         super().__init__(_readable(x), _readable(B), _readable(C), *rest)
         self._descriptors: dict[tuple[int, int], TensorDescriptor] = {}
 
@@ -91,7 +111,14 @@ class HopperLaunches(Launches):
             chunks = self.length // CHUNK + self.rows  # at most
             return Schedule(CHUNK, CHANNELS, 1, chunks, False, chunks)
         sizes = (self.length, self.heads, self.headdim, self.d_state, self.groups)
-        return hopper_schedule(self.rows, *sizes, processors(self.x.device), segments)
+        plan = hopper_schedule(self.rows, *sizes, processors(self.x.device), segments)
+        if self.apart:
+            slab = max(1, plan.slab_chunks // self.apart) * self.apart
+            count = triton.cdiv(self.length, CHUNK * self.apart)
+            return Schedule(CHUNK, CHANNELS, count, self.apart, True, slab)
+        if self.reversed and not plan.parallel:  # states of both directions begin at segments
+            return hopper_schedule(self.rows, *sizes, processors(self.x.device), max(2, plan.segments))
+        return plan
 
     @property
     def held_shape(self) -> tuple[int, int]:
@@ -105,13 +132,18 @@ class HopperLaunches(Launches):
         initial: Tensor | None,
         clip: Clip | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """clip: rows are walked whole, not cut into segments that run side by side."""
         plan = self.plan
-        assert clip is None or (not plan.parallel and self.headdim == CHANNELS)
+        assert clip is None or self.headdim == CHANNELS
         y = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
-        final, borders = self.state(), self.state(plan.segments)
-        if plan.parallel:
-            self.segment_states(self.x, self.B, sums, inserts, borders, initial, backwards=False)
+        final = self.state()
+        if self.apart:
+            borders = self.state(0)
+        elif plan.parallel and clip is not None:
+            borders = self._clipped_states(sums, inserts, initial, clip)
+        elif plan.parallel:
+            borders = self.segment_states(self.x, self.B, sums, inserts, initial, backwards=False)
+        else:
+            borders = self.state(plan.segments)
         programs = self.rows * self.heads * (self.headdim // CHANNELS)
         hopper_forward_kernel[(programs * (plan.segments if plan.parallel else 1),)](
             self._tokens(self.x, CHANNELS), self._tokens(self.B, self.d_state),
@@ -121,11 +153,24 @@ class HopperLaunches(Launches):
             self.length, plan.segments, plan.segment_chunks, self.heads, self.heads // self.groups,
             0 if clip is None else clip.chunks, 0 if clip is None else clip.before,
             P=self.headdim, CLIP=clip is not None, D_KIND=0 if D is None else D.dim(),
-            DOCUMENTS=self.documents is not None, INITIAL=initial is not None, PARALLEL=plan.parallel,
-            VARLEN=self.packing is not None,
+            DOCUMENTS=self.documents is not None, INITIAL=initial is not None, BORDERS=not self.apart,
+            PARALLEL=plan.parallel, VARLEN=self.packing is not None,
             **self._settings("hopper_forward", forward_configs(self.d_state)),
         )  # fmt: skip
         return y, final, borders
+
+    def _clipped_states(self, sums: Tensor, inserts: Tensor, initial: Tensor | None, clip: Clip) -> Tensor:
+        """The states that enter the segments, of one walk over every row."""
+        plan, borders = self.plan, self.state(self.plan.segments)
+        if plan.segments == 1:
+            return borders.zero_() if initial is None else initial[:, None]
+        hopper_clip_kernel[(self.rows * self.heads,)](
+            self._tokens(self.x, CHANNELS), self._tokens(self.B, self.d_state), sums, inserts, initial,
+            borders, clip.max_norm, self.length, plan.segments, plan.segment_chunks, self.heads,
+            self.heads // self.groups, clip.chunks, clip.before, INITIAL=initial is not None,
+            **self._settings("hopper_clip", clip_configs(self.d_state)),
+        )  # fmt: skip
+        return borders
 
     def segment_ends(
         self,
@@ -143,7 +188,7 @@ class HopperLaunches(Launches):
             self._tokens(u, CHANNELS), self._tokens(V, block_n), sums, inserts, self.documents, ends, keeps,
             self.length, plan.segments - 1, 1 if backwards else 0, plan.segment_chunks, plan.segments,
             self.heads, self.heads // self.groups, P=self.headdim, N=self.d_state, BACKWARDS=backwards,
-            DOCUMENTS=self.documents is not None, **settings,
+            DOCUMENTS=self.documents is not None, REVERSED=self.reversed, **settings,
         )  # fmt: skip
 
     def slab_states(
@@ -151,8 +196,8 @@ class HopperLaunches(Launches):
         sums: Tensor,
         inserts: Tensor,
         dy: Tensor,
-        borders: Tensor,
-        ends: Tensor,
+        borders: Tensor | None,
+        ends: Tensor | None,
         dinitial: Tensor,
         states: Tensor,
         dstates: Tensor,
@@ -162,14 +207,17 @@ class HopperLaunches(Launches):
     ) -> None:
         plan, packing = self.plan, self.packing
         block_n, programs, settings = self._states_settings()
+        of_x = self._tokens(self.x, CHANNELS), self._tokens(self.B, block_n), _held(states, block_n)
+        of_dy = self._tokens(dy, CHANNELS), self._tokens(self.C, block_n), _held(dstates, block_n)
+        forwards, backwards = (of_dy, of_x) if self.reversed else (of_x, of_dy)
         hopper_slab_kernel[(2 * segments[1] * programs,)](
-            self._tokens(self.x, CHANNELS), self._tokens(self.B, block_n), _held(states, block_n),
-            self._tokens(dy, CHANNELS), self._tokens(self.C, block_n), _held(dstates, block_n),
+            *forwards, *backwards,
             sums, inserts, self.documents, self.cu_seqlens, None if packing is None else packing.first_slot,
             borders, ends, dinitial, self.length, first, chunks, segments[1], segments[0],
             plan.segment_chunks, plan.segments, self.heads, self.heads // self.groups,
             P=self.headdim, N=self.d_state, DOCUMENTS=self.documents is not None,
-            ENDS=1 if plan.parallel else 2, VARLEN=packing is not None, **settings,
+            BORDERS=0 if borders is None else 1, ENDS=0 if ends is None else 1 if plan.parallel else 2,
+            VARLEN=packing is not None, REVERSED=self.reversed, **settings,
         )  # fmt: skip
 
     def _states_settings(self) -> tuple[int, int, dict[str, Any]]:
@@ -188,7 +236,36 @@ class HopperLaunches(Launches):
         dy: Tensor,
         dfinal: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return super().backward(sums, inserts, D, borders, _readable(dy), dfinal)
+        dy = _readable(dy)
+        if not self.apart:
+            return super().backward(sums, inserts, D, borders, dy, dfinal)
+        assert dfinal is None
+        dinitial = self.state()
+        return *self.all_gradients(sums, inserts, D, None, None, dy, dinitial), dinitial
+
+    def reversed_gradients(
+        self, inserts: Tensor, dy: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """dx, dB, dC, dscales, dinserts of y_t = C_t . (the sum over i >= t of inserts_i x_i B_i^T).
+
+        dscales (B, H, T): what a scale of y_t would have as gradient, less inserts * dinserts.
+        """
+        sums, borders, ends = torch.zeros_like(inserts), None, None
+        if not self.apart:
+            borders = self.segment_states(dy, self.C, sums, inserts, None, backwards=False)
+            ends = self.segment_states(self.x, self.B, sums, inserts, None, backwards=True)
+        return self.all_gradients(sums, inserts, None, borders, ends, dy, self.state())[:5]
+
+    def add_reach(self, y: Tensor, keeps: Tensor, inserts: Tensor, reaches: Tensor, window: int) -> None:
+        """Add to y what windows reach of the block before: `hopper_reach_kernel`."""
+        blocks = triton.cdiv(self.length - window, window)
+        programs = self.batch * blocks * self.heads * (self.headdim // CHANNELS)
+        hopper_reach_kernel[(programs,)](
+            self._tokens(self.x, CHANNELS), self._tokens(self.B, self.d_state),
+            self._tokens(self.C, self.d_state), self._tokens(y, CHANNELS), y, keeps, inserts, reaches,
+            self.length, window, blocks, self.heads, self.heads // self.groups, P=self.headdim,
+            **self._settings("hopper_reach", forward_configs(self.d_state)),
+        )  # fmt: skip
 
     def _gradients(
         self,
@@ -211,23 +288,25 @@ class HopperLaunches(Launches):
         splits = 1  # of a group's heads, while fewer than half of the processors have work
         while 2 * slots * self.groups * splits <= processors(self.x.device) and heads % (2 * splits) == 0:
             splits *= 2
-        parts: tuple[Tensor, ...] = (dB, dC)
+        parts, start, length = (dB, dC), 0, self.length
         if splits > 1:
-            parts = tuple(t.new_empty((splits, *t.shape), dtype=torch.float32) for t in parts)
+            if self.packing is None:
+                start, length = first * CHUNK, min(chunks * CHUNK, self.length - first * CHUNK)
+            shape = (splits, self.batch, length, *dB.shape[2:])
+            parts = (dB.new_empty(shape, dtype=torch.float32), dB.new_empty(shape, dtype=torch.float32))
         hopper_gradient_kernel[(slots * self.groups * splits,)](
             self._tokens(self.x, CHANNELS), self._tokens(self.B, self.d_state),
             self._tokens(self.C, self.d_state),
             self._tokens(dy, CHANNELS), _held(states, self.d_state), _held(dstates, self.d_state),
             self._tokens(dx, CHANNELS), dx, sums, inserts, D, self.documents, self._slot_table,
-            dsums, dinserts, dD, *parts, self.length, first, chunks, slots, self.heads, self.groups, heads,
-            splits, P=self.headdim, D_KIND=0 if D is None else D.dim(), DOCUMENTS=self.documents is not None,
-            VARLEN=self.packing is not None,
+            dsums, dinserts, dD, *parts, self.length, first, chunks, slots, start, length, self.heads,
+            self.groups, heads, splits, P=self.headdim, D_KIND=0 if D is None else D.dim(),
+            DOCUMENTS=self.documents is not None, VARLEN=self.packing is not None, REVERSED=self.reversed,
             **self._settings("hopper_gradient", gradient_configs(self.d_state)),
         )  # fmt: skip
         if splits > 1:
-            start, end = first * CHUNK, (first + chunks) * CHUNK
             for whole, part in zip((dB, dC), parts, strict=True):
-                whole[:, start:end] = part[:, :, start:end].sum(0)
+                whole[:, start : start + length] = part.sum(0)
 
     def _tokens(self, t: Tensor, width: int) -> TensorDescriptor:
         """t (B, T, heads, columns) by tiles of a chunk and `width` columns; made once a call."""

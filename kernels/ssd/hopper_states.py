@@ -45,12 +45,13 @@ def _walk(
     T, first, chunks, segments, first_segment, segment_chunks, total_segments, H, heads_per_group,
     P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BACKWARDS: gl.constexpr,
     DOCUMENTS: gl.constexpr, BORDERS: gl.constexpr, STORE: gl.constexpr, ENDS: gl.constexpr,
-    VARLEN: gl.constexpr,
+    VARLEN: gl.constexpr, REVERSED: gl.constexpr,
 ):  # fmt: skip
     """64 channels of one head, the columns of its state that V's tiles hold, one segment of one row.
 
-    u and V are descriptors over tokens: x and B forwards, dy and C backwards. states, written if STORE, is
-    one over (slots * H * P, N). BORDERS and ENDS as in `triton_states.states_kernel`.
+    u and V are descriptors over tokens: x and B forwards, dy and C backwards; if REVERSED, of a scan that
+    runs backwards in time, the other way round. x is weighted by `inserts`, dy is not. states, written if
+    STORE, is one over (slots * H * P, N). BORDERS and ENDS as in `triton_states.states_kernel`.
     """
     dtype: gl.constexpr = u.dtype
     Q: gl.constexpr = u.block_shape[0]
@@ -108,7 +109,9 @@ def _walk(
         t = start + c * Q
         ut, Vt, bar = us.index(stage), Vs.index(stage), bars.index(stage)
         kept = gl.exp2(last_next)
-        weight = gl.exp2(s_next) if BACKWARDS else gl.exp2(last_next - s_next) * w_next
+        weight = gl.exp2(s_next) if BACKWARDS else gl.exp2(last_next - s_next)
+        if BACKWARDS == REVERSED:
+            weight = weight * w_next
         if DOCUMENTS:
             doc, doc_last, doc_before = chunk_documents(documents, t, start, end, q, Q)
             weight = gl.where(doc == (doc_before if BACKWARDS else doc_last), weight, 0.0)
@@ -154,12 +157,14 @@ def hopper_ends_kernel(
     u, V, sums, inserts, documents, ends, keeps, T, segments, first_segment, segment_chunks, total_segments,
     H, heads_per_group,
     P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BACKWARDS: gl.constexpr, DOCUMENTS: gl.constexpr,
+    REVERSED: gl.constexpr,
 ):  # fmt: skip
     """What each of `segments` segments from the first adds to a state, and what it keeps of one."""
     _walk(
         gl.program_id(0), u, V, None, sums, inserts, documents, None, None, None, ends, keeps,
         T, 0, segment_chunks * total_segments, segments, first_segment, segment_chunks, total_segments,
         H, heads_per_group, P, N, STAGES, BACKWARDS, DOCUMENTS, 0, False, 1, False,
+        REVERSED,
     )  # fmt: skip
 
 
@@ -168,13 +173,13 @@ def hopper_ends_kernel(
 def hopper_slab_kernel(
     x, B, S, dy, C, R, sums, inserts, documents, cu_seqlens, first_slot, borders, ends, dinitial,
     T, first, chunks, segments, first_segment, segment_chunks, total_segments, H, heads_per_group,
-    P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DOCUMENTS: gl.constexpr, ENDS: gl.constexpr,
-    VARLEN: gl.constexpr,
+    P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DOCUMENTS: gl.constexpr,
+    BORDERS: gl.constexpr, ENDS: gl.constexpr, VARLEN: gl.constexpr, REVERSED: gl.constexpr,
 ):  # fmt: skip
     """States that enter the chunks of a slab, and gradients of those that leave: half of the programs each.
 
-    ENDS: 1 ends holds R behind each segment (rows, total_segments, H, P, N); 2 behind the slab (rows, H, P,
-    N).
+    BORDERS: 1 borders holds S before each segment (rows, total_segments, H, P, N); 0 it is zero. ENDS: 1 ends
+    holds R behind each segment; 2 behind the slab (rows, H, P, N); 0 it is zero.
     """
     half = gl.num_programs(0) // 2
     pid = gl.program_id(0)
@@ -182,11 +187,11 @@ def hopper_slab_kernel(
         _walk(
             pid, x, B, S, sums, inserts, documents, cu_seqlens, first_slot, borders, None, None,
             T, first, chunks, segments, first_segment, segment_chunks, total_segments, H, heads_per_group,
-            P, N, STAGES, False, DOCUMENTS, 1, True, 0, VARLEN,
+            P, N, STAGES, False, DOCUMENTS, BORDERS, True, 0, VARLEN, REVERSED,
         )  # fmt: skip
     else:
         _walk(
             pid - half, dy, C, R, sums, inserts, documents, cu_seqlens, first_slot, ends, dinitial, None,
             T, first, chunks, segments, first_segment, segment_chunks, total_segments, H, heads_per_group,
-            P, N, STAGES, True, DOCUMENTS, ENDS, True, 2, VARLEN,
+            P, N, STAGES, True, DOCUMENTS, ENDS, True, 2, VARLEN, REVERSED,
         )  # fmt: skip

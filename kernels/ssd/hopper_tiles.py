@@ -65,6 +65,14 @@ def chunk_documents(documents, t, start, end, q, Q: gl.constexpr):
 
 
 @gluon.jit
+def clip_factor(state, limit):
+    """What brings a state down to a Frobenius norm of `limit`. Sums go over a thread's own numbers first."""
+    squares = gl.reshape(state * state, [state.shape[0] * state.shape[1]])
+    norm = gl.sqrt(gl.sum(squares, 0))
+    return gl.where(norm > limit, limit / norm, 1.0)
+
+
+@gluon.jit
 def rows_of(row, cu_seqlens, T, VARLEN: gl.constexpr):
     """(batch, first token, end) of a row, as `triton_rows.token_range`."""
     if VARLEN:

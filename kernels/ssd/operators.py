@@ -23,22 +23,19 @@ def composed_scan(
     position: Tensor | None,
     mitigation: Mitigation,
     states_every: int | None,
-    clipped: Callable[..., tuple[Tensor, Tensor] | None] | None = None,
+    windowed: Callable[..., Tensor | None] | None = None,
 ) -> tuple[Tensor, Any, Tensor | None]:
     """y, the final state and, with `states_every`, the states: arguments as `ssd_scan` takes them.
 
-    clipped: a core's own state_norm, which may decline with None (`triton_clip.clipped_scan`).
+    windowed: a core's own sliding_window from no past, which may decline with None.
     """
     name, every = mitigation.name, mitigation.every
     if mitigation.window is not None:
         return sliding_window(
-            core, tokens, D, initial_state, document_starts, mitigation.window, states_every
+            core, tokens, D, initial_state, document_starts, mitigation.window, states_every, windowed
         )
     if name == "state_norm":
-        rest = (tokens, D, initial_state, document_starts, position, mitigation, states_every)
-        if clipped is not None and (done := clipped(*rest)) is not None:
-            return *done, None
-        return state_norm(core, *rest)
+        return state_norm(core, tokens, D, initial_state, document_starts, position, mitigation, states_every)
     if name == "hard_reset" and every is not None:
         document_starts = hard_resets(document_starts, position, tokens.x, every)
     y, state = core(*tokens, D, initial_state, document_starts)

@@ -17,7 +17,7 @@ from kernels.ssd.heads import Scan, by_heads, spread
 from kernels.ssd.mitigation import NONE, Mitigation
 from kernels.ssd.naive import oracle
 from kernels.ssd.operators import composed_scan
-from kernels.ssd.window import State, Window, map_state
+from kernels.ssd.window import State, Window, last_window, map_state
 
 Backend = Literal["naive", "chunked", "triton"]
 
@@ -99,7 +99,27 @@ def ssd_scan(
         )  # fmt: skip
 
     A = A.to(torch.float64 if backend == "naive" else torch.float32)
-    tokens = Tokens(x, *discretize(dt, A, dt_bias, dt_softplus, dt_limit, mitigation), B, C)
+
+    def tokens_from(start: int) -> Tokens:
+        decays = discretize(dt[:, start:], A, dt_bias, dt_softplus, dt_limit, mitigation)
+        return Tokens(x[:, start:], *decays, B[:, start:], C[:, start:])
+
+    own_kernel = mitigation.heads is None and (mitigation.window or mitigation.max_norm is not None)
+    if backend == "triton" and states_every is None and cu_seqlens is None and own_kernel:
+        from kernels.ssd.triton_mitigations import mitigated_scan
+        from kernels.ssd.triton_scan import raw_decay
+
+        decay = raw_decay(dt, per_head_factors(A, mitigation), dt_bias, dt_softplus, dt_limit)
+        done = mitigated_scan(x, B, C, D, initial_state, document_starts, position, decay, mitigation)
+        if done is not None:
+            y, state = done
+            if mitigation.window is None:
+                return y, state
+            start = x.shape[1] - mitigation.window + 1
+            recent = span_of(document_starts, start, x.shape[1])
+            return y, last_window(tokens_from(start), recent, mitigation.window)
+
+    tokens = tokens_from(0)
     scan = oracle if backend == "naive" else _composed(backend, chunk_size)
     scan = partial(by_heads, scan)
     if cu_seqlens is not None:
@@ -111,10 +131,10 @@ def ssd_scan(
 def _composed(backend: str, chunk_size: int) -> Scan:
     if backend == "chunked":
         return partial(composed_scan, partial(chunked_scan, chunk_size=chunk_size))
-    from kernels.ssd.triton_clip import clipped_scan
+    from kernels.ssd.triton_mitigations import windowed_tokens
     from kernels.ssd.triton_scan import triton_scan
 
-    return partial(composed_scan, triton_scan, clipped=clipped_scan)
+    return partial(composed_scan, triton_scan, windowed=windowed_tokens)
 
 
 def _packed(

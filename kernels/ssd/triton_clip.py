@@ -6,34 +6,41 @@ Elsewhere `operators.state_norm` composes it of one scan for every span between 
 import torch
 from torch import Tensor
 
-from kernels.ssd.core import Tokens
 from kernels.ssd.heads import per_head
 from kernels.ssd.mitigation import Mitigation
-from kernels.ssd.triton_launch import LARGEST, Decay
+from kernels.ssd.triton_launch import Decay
 from kernels.ssd.triton_scan import in_reach, on_hopper
 from kernels.triton_support import on_device
 
 CLIPPED_HEADDIM = 64  # a head's whole state in one program: its norm needs no other
+CHUNK = 64  # of `hopper_tiles`, which needs a Triton that has Gluon
 
 
 @torch.library.custom_op("longstate::ssd_scan_clipped", mutates_args=())
 def _scan_clipped(
     x: Tensor,
-    log_decay: Tensor,
-    insert: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
     initial: Tensor | None,
+    dt: Tensor,
+    rate: Tensor | None,
+    log_alpha: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    insert: Tensor | None,
+    softplus: bool,
+    low: float,
+    high: float,
     max_norm: Tensor,
     every: int,
     before: int,
 ) -> tuple[Tensor, Tensor]:
-    from kernels.ssd.hopper_launch import CHUNK, Clip, HopperLaunches
+    from kernels.ssd.hopper_launch import Clip, HopperLaunches
 
-    decay = Decay(log_decay, None, None, None, None, insert, False, 0.0, LARGEST)
+    decay = Decay(dt, rate, log_alpha, weight, bias, insert, softplus, low, high)
     with on_device(x):
-        call = HopperLaunches(x, B, C, None, None, 1)
+        call = HopperLaunches(x, B, C, None, None, 0)
         sums, inserts = call.decay_sums(decay)
         clip = Clip(max_norm, every // CHUNK, before // CHUNK)
         y, final, _ = call.forward(sums, inserts, D, initial, clip)
@@ -43,12 +50,19 @@ def _scan_clipped(
 @_scan_clipped.register_fake
 def _scan_clipped_fake(
     x: Tensor,
-    log_decay: Tensor,
-    insert: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
     initial: Tensor | None,
+    dt: Tensor,
+    rate: Tensor | None,
+    log_alpha: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    insert: Tensor | None,
+    softplus: bool,
+    low: float,
+    high: float,
     max_norm: Tensor,
     every: int,
     before: int,
@@ -58,33 +72,28 @@ def _scan_clipped_fake(
 
 
 def clipped_scan(
-    tokens: Tokens,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
     D: Tensor | None,
     state: Tensor | None,
-    document_starts: Tensor | None,
+    decay: Decay,
     position: Tensor | None,
     mitigation: Mitigation,
-    states_every: int | None,
 ) -> tuple[Tensor, Tensor] | None:
     """y and the final state under state_norm, or None where it has to be composed."""
-    chunk, every = 64, mitigation.every
-    given = [*tokens, *(t for t in (D, state, mitigation.max_norm) if isinstance(t, Tensor))]
+    every, max_norm = mitigation.every, mitigation.max_norm
+    assert every is not None
+    assert max_norm is not None
+    given = [t for t in (x, B, C, D, state, max_norm, *decay) if isinstance(t, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return None
-    if every is None or every % chunk or document_starts is not None or states_every is not None:
-        return None
-    if tokens.x.shape[3] != CLIPPED_HEADDIM or not on_hopper(tokens.x, tokens.B):
+    if every % CHUNK or x.shape[3] != CLIPPED_HEADDIM or not on_hopper(x, B):
         return None
     before = set() if position is None else {count % every for count in position.tolist()}
-    if len(before) > 1 or any(count % chunk for count in before):
+    if len(before) > 1 or any(count % CHUNK for count in before):
         return None
-    assert mitigation.max_norm is not None
-    x = tokens.x
-    max_norm = per_head(mitigation.max_norm, x.shape[2], x.device, torch.float32)
-    x, B, C = (t if in_reach(t) else t.contiguous() for t in (x, tokens.B, tokens.C))
-    return _scan_clipped(
-        x, tokens.log_decay.float(), tokens.insert.float(), B, C,
-        None if D is None else D.float().contiguous(),
-        None if state is None else state.float().contiguous(),
-        max_norm.contiguous(), every, max(before, default=0),
-    )  # fmt: skip
+    x, B, C = (t if in_reach(t) else t.contiguous() for t in (x, B, C))
+    D, state = (None if t is None else t.float().contiguous() for t in (D, state))
+    limit = per_head(max_norm, x.shape[2], x.device, torch.float32).contiguous()
+    return _scan_clipped(x, B, C, D, state, *decay, limit, every, max(before, default=0))

@@ -75,15 +75,15 @@ def decay_sums_kernel(
 
 @triton.jit(do_not_specialize=["T", "chunks", "n_slots"])
 def decay_sums_backward_kernel(
-    dt, bias, rate, weight, slots, dsums, dinserts, ddt, dinsert, partial,
+    dt, bias, rate, weight, slots, dsums, dinserts, more, ddt, dinsert, partial,
     stride_dt_b, stride_dt_t, stride_dt_h,
     low, high, T, chunks, n_slots, H,
     Q: tl.constexpr, BLOCK_H: tl.constexpr, RAW: tl.constexpr, SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr,
     BIAS: tl.constexpr, WEIGHT: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """ddt (B, T, H) and, per chunk, what the per-head numbers gather: partial (slots, 4, H) for rate,
-    log_alpha, weight, bias. dsums: gradient of the chunk sums in natural units; RAW: ddt and dinsert are
-    theirs directly.
+    log_alpha, weight, bias. dsums: gradient of the chunk sums in natural units; more (B, H, T) or None: that
+    of log decays, beside it. RAW: ddt and dinsert are theirs directly.
     """
     slot, block = tl.program_id(0) // tl.cdiv(H, BLOCK_H), tl.program_id(0) % tl.cdiv(H, BLOCK_H)
     batch, start, end = chunk_of(slot, slots, T, 0, chunks, n_slots, Q, VARLEN)
@@ -93,6 +93,8 @@ def decay_sums_backward_kernel(
     ds = tl.load(dsums + place, mask=known, other=0.0)
     dw = tl.load(dinserts + place, mask=known, other=0.0)
     da = tl.cumsum(ds, 0, reverse=True)
+    if more is not None:
+        da += tl.load(more + place, mask=known, other=0.0)
     out = (batch * T + t[:, None]) * H + h[None, :]
     if RAW:
         tl.store(ddt + out, da, mask=known)

@@ -134,9 +134,12 @@ class Launches:
         return sums, inserts
 
     def decay_sums_backward(
-        self, decay: Decay, dsums: Tensor, dinserts: Tensor
+        self, decay: Decay, dsums: Tensor, dinserts: Tensor, more: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """ddt, dinsert (empty unless it was given) and the gradients of the per-head numbers (4, H)."""
+        """ddt, dinsert (empty unless it was given) and the gradients of the per-head numbers (4, H).
+
+        more (B, H, T): gradients of log decays beside those of their sums.
+        """
         d, n_slots = decay, self.slots(self.chunks)
         shape = (self.batch, self.length, self.heads)
         raw = d.insert is not None
@@ -146,7 +149,7 @@ class Launches:
             (0, 4, self.heads) if raw else (n_slots, 4, self.heads), dtype=torch.float32
         )
         decay_sums_backward_kernel[(n_slots * triton.cdiv(self.heads, HEADS_PER_BLOCK),)](
-            d.dt, d.bias, d.rate, d.weight, self._slot_table, dsums, dinserts, ddt, dinsert, partial,
+            d.dt, d.bias, d.rate, d.weight, self._slot_table, dsums, dinserts, more, ddt, dinsert, partial,
             *d.dt.stride(), d.low, d.high, self.length, self.chunks, n_slots, self.heads,
             Q=self.plan.chunk, BLOCK_H=HEADS_PER_BLOCK, **d.kinds, VARLEN=self.packing is not None,
         )  # fmt: skip
@@ -158,9 +161,11 @@ class Launches:
         """y, final state, and the states that enter the segments (rows, segments, H, P, N)."""
         x, B, C, plan = self.x, self.B, self.C, self.plan
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        final, borders = self.state(), self.state(plan.segments)
+        final = self.state()
         if plan.parallel:
-            self.segment_states(x, B, sums, inserts, borders, initial, backwards=False)
+            borders = self.segment_states(x, B, sums, inserts, initial, backwards=False)
+        else:
+            borders = self.state(plan.segments)
         programs = self.rows * self.heads * triton.cdiv(self.headdim, plan.block_p)
         settings = self.pick("scan_forward", forward_configs(*self.shape))
         for segment in (0,) if plan.parallel else range(plan.segments):
@@ -184,18 +189,20 @@ class Launches:
         V: Tensor,
         sums: Tensor,
         inserts: Tensor,
-        borders: Tensor,
         start: Tensor | None,
         backwards: bool,
-    ) -> None:
-        """Fill borders (rows, segments, H, P, N): the state that enters each segment, or R at its end."""
-        plan, keeps = self.plan, borders.new_empty(borders.shape[:3])
-        self.segment_ends(u, V, sums, inserts, borders, keeps, backwards)
+    ) -> Tensor:
+        """The state that enters each segment, or R at its end: (rows, segments, H, P, N)."""
+        plan, borders = self.plan, self.state(self.plan.segments)
+        keeps = borders.new_empty(borders.shape[:3])
+        if plan.segments > 1:
+            self.segment_ends(u, V, sums, inserts, borders, keeps, backwards)
         size = self.headdim * self.d_state
         merge_kernel[(self.rows * self.heads * triton.cdiv(size, MERGE_BLOCK),)](
             borders, keeps, start, plan.segments, self.heads, size,
             BLOCK=MERGE_BLOCK, BACKWARDS=backwards, INITIAL=start is not None, num_warps=1,
         )  # fmt: skip
+        return borders
 
     def segment_ends(
         self,
@@ -218,8 +225,8 @@ class Launches:
         sums: Tensor,
         inserts: Tensor,
         dy: Tensor,
-        borders: Tensor,
-        ends: Tensor,
+        borders: Tensor | None,
+        ends: Tensor | None,
         dinitial: Tensor,
         states: Tensor,
         dstates: Tensor,
@@ -229,8 +236,8 @@ class Launches:
     ) -> None:
         """Fill states and dstates, those that enter the chunks of a slab and gradients of those that leave.
 
-        ends: the gradients behind each segment (rows, segments, H, P, N) or behind the slab (rows, H, P, N).
-        dinitial: the gradient before the slab.
+        borders: the states before each segment (rows, segments, H, P, N). ends: the gradients behind each
+        segment, or behind the slab (rows, H, P, N). None for zero. dinitial: the gradient before the slab.
         """
         span: dict[str, Any] = {"first": first, "chunks": chunks, "segments": segments}
         self.states(self.x, self.B, sums, inserts, backwards=False, borders=borders, states=states, **span)
@@ -282,7 +289,25 @@ class Launches:
         dfinal: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """dx, dB, dC, dsums, dinserts, dD, dinitial."""
-        x, B, C, plan = self.x, self.B, self.C, self.plan
+        dinitial = torch.zeros_like(self.state()) if dfinal is None else dfinal.clone()
+        ends: Tensor | None = dinitial
+        if self.plan.parallel:
+            ends = self.segment_states(dy, self.C, sums, inserts, dfinal, backwards=True)
+        gradients = self.all_gradients(sums, inserts, D, borders, ends, dy, dinitial)
+        return *gradients, dinitial
+
+    def all_gradients(
+        self,
+        sums: Tensor,
+        inserts: Tensor,
+        D: Tensor | None,
+        borders: Tensor | None,
+        ends: Tensor | None,
+        dy: Tensor,
+        dinitial: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """dx, dB, dC, dsums, dinserts, dD; dinitial in place. borders, ends: as `slab_states` takes them."""
+        x, B, plan = self.x, self.B, self.plan
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=x.device) for _ in range(2))
         dsums, dinserts = torch.empty_like(sums), torch.empty_like(inserts)
@@ -290,11 +315,6 @@ class Launches:
         buffer = (slots, self.heads, *self.held_shape)
         states, dstates = (x.new_empty(buffer) for _ in range(2))
         dD = sums.new_zeros(() if D is None else (plan.slabs, slots, *D.shape))
-        dinitial = torch.zeros_like(self.state()) if dfinal is None else dfinal.clone()
-        ends = dinitial
-        if plan.parallel:
-            ends = self.state(plan.segments)
-            self.segment_states(dy, C, sums, inserts, ends, dfinal, backwards=True)
         for slab in reversed(range(plan.slabs)):
             first = slab * plan.slab_chunks
             chunks = min(plan.slab_chunks, self.chunks - first)
@@ -306,7 +326,7 @@ class Launches:
             self._gradients(
                 dy, sums, inserts, D, states, dstates, first, chunks, dx, dB, dC, dsums, dinserts, dD_slab
             )
-        return dx, dB, dC, dsums, dinserts, dD if D is None else dD.sum((0, 1)), dinitial
+        return dx, dB, dC, dsums, dinserts, dD if D is None else dD.sum((0, 1))
 
     def _gradients(
         self,

@@ -196,6 +196,31 @@ def _backward(ctx: Any, dy: Tensor, dfinal: Tensor | None, *_: Tensor | None) ->
 _scan.register_autograd(_backward, setup_context=_setup_context)
 
 
+def raw_decay(
+    dt: Tensor,
+    factors: tuple[Tensor, Tensor | None, Tensor | None],
+    bias: Tensor | None,
+    softplus: bool,
+    limit: tuple[float, float] | None,
+) -> Decay:
+    """factors: see `discretize.per_head_factors`. Otherwise as `kernels.ssd.ssd_scan`."""
+    low, high = limit or (0.0, LARGEST)
+    rate, log_alpha, weight, bias = (None if t is None else t.float().contiguous() for t in (*factors, bias))
+    return Decay(dt, rate, log_alpha, weight, bias, None, softplus, float(low), min(float(high), LARGEST))
+
+
+def given_decay(log_decay: Tensor, insert: Tensor) -> Decay:
+    """Of log decays and weights that are there already."""
+    return Decay(log_decay.float(), None, None, None, None, insert.float(), False, 0.0, LARGEST)
+
+
+def numbers_of(document_starts: Tensor | None) -> Tensor | None:
+    """How many documents have begun, (B, T) int32."""
+    if document_starts is None:
+        return None
+    return document_starts.to(torch.int32).cumsum(1, dtype=torch.int32)
+
+
 def triton_scan(
     x: Tensor,
     log_decay: Tensor,
@@ -213,11 +238,7 @@ def triton_scan(
 
     segments: 0 for the rule of `triton_schedule`, else how many to cut each row into.
     """
-    return _call(
-        x, log_decay.float(), None, None, None, None, insert.float(), B, C, D, initial_state,
-        document_starts, None,
-        False, None, segments,
-    )  # fmt: skip
+    return _call(x, given_decay(log_decay, insert), B, C, D, initial_state, document_starts, None, segments)
 
 
 def triton_fused_scan(
@@ -242,28 +263,19 @@ def triton_fused_scan(
 
     rate, log_alpha, weight: (H,), see `discretize.per_head_factors`. Otherwise as `kernels.ssd.ssd_scan`.
     """
-    return _call(
-        x, dt, rate, log_alpha, weight, dt_bias, None, B, C, D, initial_state, document_starts, cu_seqlens,
-        dt_softplus, dt_limit, segments,
-    )  # fmt: skip
+    decay = raw_decay(dt, (rate, log_alpha, weight), dt_bias, dt_softplus, dt_limit)
+    return _call(x, decay, B, C, D, initial_state, document_starts, cu_seqlens, segments)
 
 
 def _call(
     x: Tensor,
-    dt: Tensor,
-    rate: Tensor | None,
-    log_alpha: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    insert: Tensor | None,
+    decay: Decay,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
     initial: Tensor | None,
     starts: Tensor | None,
     cu_seqlens: Tensor | None,
-    softplus: bool,
-    limit: tuple[float, float] | None,
     segments: int,
 ) -> tuple[Tensor, Tensor]:
     state_bytes = triton.next_power_of_2(x.shape[3]) * triton.next_power_of_2(B.shape[3]) * x.element_size()
@@ -272,15 +284,9 @@ def _call(
             f"headdim={x.shape[3]}, d_state={B.shape[3]}: a state of {state_bytes} bytes is more "
             f"than the {LARGEST_STATE} of the Triton backward pass: use backend='chunked' or no_grad()"
         )
-    low, high = limit or (0.0, LARGEST)
     x, B, C = (t if in_reach(t) else t.contiguous() for t in (x, B, C))
-    per_head = (None if t is None else t.float().contiguous() for t in (rate, log_alpha, weight, bias))
     D = None if D is None else D.float().contiguous()
     initial = None if initial is None else initial.float().contiguous()
-    documents = None if starts is None else starts.to(torch.int32).cumsum(1, dtype=torch.int32)
-    y, final, *_ = _scan(
-        x, dt, *per_head, insert, B, C, D, initial, documents, cu_seqlens, softplus, float(low),
-        min(float(high), LARGEST),
-        segments,
-    )  # fmt: skip
+    tensors, options = decay[:6], decay[6:]
+    y, final, *_ = _scan(x, *tensors, B, C, D, initial, numbers_of(starts), cu_seqlens, *options, segments)
     return y, final

@@ -80,9 +80,17 @@ def sliding_window(
     document_starts: Tensor | None,
     window: int,
     states_every: int | None,
+    windowed: Callable[..., Tensor | None] | None = None,
 ) -> tuple[Tensor, Window, Tensor | None]:
     """y, the next window and, with `states_every`, the windows' states: two scans, and r tokens for a piece
-    however short."""
+    however short. windowed: as in `operators.composed_scan`."""
+    if windowed is not None and states_every is None and (past is not None or tokens.length > window):
+        whole, starts = (tokens, document_starts)
+        if past is not None:
+            whole, starts = with_past(tokens, past, document_starts, window)
+        y = windowed(whole, D, starts, window)
+        if y is not None:
+            return y[:, whole.length - tokens.length :], last_window(whole, starts, window), None
     # without a past nothing lies before the first block, whose tokens then take no part in the second scan
     skipped = window if past is None and states_every is None and tokens.length > window else 0
     if skipped:

@@ -110,7 +110,63 @@ def test_slices_of_one_projection(offset: int) -> None:
         torch.testing.assert_close(a, e, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("length", [64, 1000])
+@pytest.mark.parametrize(
+    ("sizes", "window", "dtype"),
+    [  # batch, length, heads, headdim, groups, d_state
+        ((2, 700, 4, 64, 2, 128), 128, BF16),
+        ((2, 700, 4, 64, 2, 128), 100, BF16),
+        ((1, 500, 2, 128, 1, 64), 64, FP16),
+        ((1, 640, 2, 64, 1, 256), 192, BF16),
+        ((3, 300, 2, 64, 1, 16), 7, BF16),
+        ((1, 400, 3, 64, 1, 128), 399, BF16),
+        ((1, 9000, 2, 64, 1, 32), 4160, BF16),  # too long for blocks of whole chunks
+    ],
+)
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("past", [False, True])
+def test_sliding_window(
+    sizes: tuple[int, ...],
+    window: int,
+    dtype: torch.dtype,
+    documents: bool,
+    past: bool,
+    check_close: Close,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against the chunked scan in fp32, which is held to the oracle elsewhere."""
+    monkeypatch.setattr(launching, "SLAB_BYTES", 1)  # many slabs
+    batch, length, heads = sizes[:3]
+    leaves = discretised(*sizes, D="channel", initial=False)
+    given = {n: leaves[n].to(dtype) for n in ("x", "B", "C")} | {"D": leaves["D"]}
+    given["dt"] = torch.rand(batch, length, heads, device="cuda")
+    given["A"] = -4.0 / window * torch.rand(heads, device="cuda")
+    starts = torch.rand(batch, length, device="cuda") < 1 / window if documents else None
+    mitigation, before = Mitigation("sliding_window", window=window), None
+    if past:
+        earlier = discretised(*sizes, D="none", initial=False)
+        some = {n: earlier[n].to(dtype) for n in ("x", "B", "C")}
+        before = ssd_scan(**some, dt=given["dt"], A=given["A"], mitigation=mitigation)[1]
+    results = {}
+    for backend in ("chunked", "triton"):
+        exact = backend == "chunked"
+        own = {n: (t.float() if exact else t.clone()).requires_grad_() for n, t in given.items()}
+        state = before
+        if exact and before is not None:
+            state = before._replace(x=before.x.float(), B=before.B.float())
+        with monkeypatch.context() as composed:
+            if not exact:
+                composed.setattr("kernels.ssd.window._blocks_before", None)
+            y = ssd_scan(
+                **own, document_starts=starts, initial_state=state, mitigation=mitigation, backend=backend
+            )[0]
+        torch.manual_seed(1)
+        cotangent = torch.randn(y.shape).to(y)
+        results[backend] = [y, *torch.autograd.grad(y, list(own.values()), cotangent)]
+    for name, a, e in zip(("y", *given), results["triton"], results["chunked"], strict=True):
+        check_close(a, e, 1.5e-2 if name == "y" else 1e-2, name)  # y is rounded twice
+
+
+@pytest.mark.parametrize("length", [64, 1000, 5000])
 @pytest.mark.parametrize("before", [None, 64])
 def test_clipped_states_in_one_kernel(
     length: int, before: int | None, check_close: Close, monkeypatch: pytest.MonkeyPatch

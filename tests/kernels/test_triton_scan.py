@@ -69,7 +69,7 @@ def check(
 @pytest.mark.parametrize(
     ("sizes", "D", "initial"),
     [
-        ((1, 1, 1, 16, 1, 16), "none", True),
+        ((1, 1, 4, 16, 1, 16), "none", True),
         ((1, 3, 2, 8, 1, 5), "head", False),
         ((2, 65, 3, 20, 3, 24), "channel", True),
         ((1, 150, 4, 16, 2, 16), "head", True),
