@@ -3,6 +3,7 @@
 
 Clipping is not linear in the state, so chunks follow one another. Little else does: what a chunk inserts is
 weighted while the one before is added, and outputs are computed afterwards, of all segments side by side.
+No branch lies between an asynchronous product and the wait for it: with one, states came out wrong.
 """
 
 from triton.experimental import gluon
@@ -50,7 +51,8 @@ def hopper_clip_kernel(
 ):  # fmt: skip
     """One head of 64 channels of one row: borders (rows, segments, H, P, N) fp32, before each segment.
 
-    Otherwise as `hopper_forward.hopper_forward_kernel`. All chunks that are walked are whole.
+    Otherwise as `hopper_forward.hopper_forward_kernel`. All chunks that are walked are whole; the one after
+    them is brought as well, and what it would insert is not used.
     """
     dtype: gl.constexpr = x.dtype
     Q: gl.constexpr = x.block_shape[0]
@@ -70,7 +72,7 @@ def hopper_clip_kernel(
     bars = barriers(STAGES)
     for i in gl.static_range(STAGES):
         _request(
-            x, B, bars.index(i), xs.index(i), Bs.index(i), row_token + i * Q, column, column_g, i < chunks
+            x, B, bars.index(i), xs.index(i), Bs.index(i), row_token + i * Q, column, column_g, i <= chunks
         )
 
     q = gl.arange(0, Q, flat)
@@ -88,7 +90,9 @@ def hopper_clip_kernel(
     s, w, last = chunk_decays(sums, inserts, 0, T, q, Q)
     inserted = _inserted(xs.index(0), gl.exp2(last - s) * w, weight_v, bars.index(0), 0, inserting)
     kept, factor = gl.exp2(last), 1.0  # factor: what the state is still to be clipped by
+    # decays are asked for two chunks ahead: a chunk takes no longer than such a load
     s, w, last = chunk_decays(sums, inserts, Q, T, q, Q)
+    s_next, w_next, last_next = chunk_decays(sums, inserts, 2 * Q, T, q, Q)
     stage, phase = 0, 0
     for c in range(0, chunks):
         if c % segment_chunks == 0:
@@ -96,21 +100,19 @@ def hopper_clip_kernel(
             gl.store(borders + to_border + state_places(p, n, N, c), state * factor)
         state = warpgroup_mma(inserted, Bs.index(stage), state * (factor * kept), is_async=True)
         ahead, ahead_phase = next_stage(stage, phase, STAGES)
-        if c + 1 < chunks:
-            weight = gl.exp2(last - s) * w
-            inserted_next = _inserted(
-                xs.index(ahead), weight, weight_v, bars.index(ahead), ahead_phase, inserting
-            )
-        else:
-            inserted_next = inserted
+        weight = gl.exp2(last - s) * w
+        inserted_next = _inserted(
+            xs.index(ahead), weight, weight_v, bars.index(ahead), ahead_phase, inserting
+        )
         kept = gl.exp2(last)
-        s, w, last = chunk_decays(sums, inserts, (c + 2) * Q, T, q, Q)
+        s, w, last = s_next, w_next, last_next
+        s_next, w_next, last_next = chunk_decays(sums, inserts, (c + 3) * Q, T, q, Q)
         state = warpgroup_mma_wait(0, deps=[state])
         factor = clip_factor(state, limit) if (c + 1 + clipped_before) % clip_chunks == 0 else 1.0
         cta_barrier()
         _request(
             x, B, bars.index(stage), xs.index(stage), Bs.index(stage), row_token + (c + STAGES) * Q, column,
-            column_g, c + STAGES < chunks,
+            column_g, c + STAGES <= chunks,
         )  # fmt: skip
         inserted, stage, phase = inserted_next, ahead, ahead_phase
     last_border = border + (segments - 1).to(gl.int64) * H * (P * N)
