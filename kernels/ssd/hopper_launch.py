@@ -34,8 +34,11 @@ def hopper_schedule(
     processors: int,
     segments: int = 0,
 ) -> Schedule:
-    """As `triton_schedule.schedule`. A slab gives every processor a chunk or several for the gradient kernel
-    and, where rows are cut, about a segment of each direction for the states kernel."""
+    """As `triton_schedule.schedule`. A slab gives every processor a chunk or several for the gradient kernel.
+
+    Where rows are cut, a whole number of segments makes a slab: so many that the states kernel has two
+    programs a processor, and the forward kernel as well.
+    """
     chunks, programs = triton.cdiv(length, CHUNK), rows * heads * headdim // CHANNELS
     states_bytes = 2 * rows * heads * headdim * d_state * 2  # of one chunk of every row
     wave = max(1, processors // (rows * groups))  # chunks of a row that run at once
@@ -44,7 +47,8 @@ def hopper_schedule(
     if segments == 1 or (segments == 0 and programs >= processors):
         return Schedule(CHUNK, CHANNELS, triton.cdiv(chunks, slab), slab, False, slab)
     if segments == 0:
-        segment = min(max(triton.cdiv(slab * programs, processors), SHORTEST_SEGMENT), chunks)
+        parts = max(2 * slab / chunks, 1.0) * processors / programs
+        segment = min(max(slab // max(1, round(parts)), SHORTEST_SEGMENT), chunks)
     else:
         segment = triton.cdiv(chunks, segments)
     slab = max(1, slab // segment) * segment
