@@ -11,6 +11,7 @@ Seeds of one size are the unit that is resampled: within each size, with replace
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -219,7 +220,7 @@ def _fit(form: Form, thresholds: Sequence[Threshold], start: Fit | None = None) 
     )
 
 
-def _minimise(cost: Callable[[NDArray[np.float64]], float], values: NDArray[np.float64], thorough: bool):
+def _minimise(cost: Callable[[Floats], float], values: Floats, thorough: bool) -> Any:
     """The simplex search needs no gradient: a clipped law has kinks. Steps are of the size of the values."""
     steps = np.maximum(0.2 * np.abs(values), 0.2)
     simplex = np.vstack([values, values + np.diag(steps)])
