@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from conf.capacity import RETRY_SEED, CapacityConfig, rows_for, state_sizes
 from conf.load import parse
 from conf.schema import (
     EvaluateConfig,
@@ -35,6 +36,9 @@ class TrainStageConfig:
     overrides: dict[str, Any] = option({}, "settings of the base to replace, by dotted name")
     space: dict[str, Any] = option({}, "dotted name -> list of values, or {low, high, log} for random, tpe")
     seeds: list[int] = option([0], "grid: every point with each; random, tpe: in turn")
+    tokens_per_step: int | None = option(
+        None, "equal tokens: data.batch_size is this over the training length; none: the base's rows"
+    )
     sampler: Sampler = option("grid", "grid: every point; random or tpe: `trials` of them")
     trials: int | None = option(None, "how many trials random and tpe make, over all workers")
     metric: str = option("passkey/recent_exact_beyond", "what tpe improves and the table calls best")
@@ -72,10 +76,12 @@ class SweepConfig:
     threads: int | None = option(None, "CPU threads per trial; none: cores // workers")
     seed: int = option(0, "seed of the samplers")
     max_failures: int = option(3, "stop after this many failed trials in a row")
+    budget_minutes: float | None = option(None, "stop cleanly after so long; the same command goes on")
     print_config: bool = option(False, "print the resolved config and stop")
     train: TrainStageConfig = section(TrainStageConfig)
     evaluate: dict[str, Any] = option({}, "evaluate settings for trained models, by dotted name")
     mitigation: MitigationStageConfig = section(MitigationStageConfig)
+    capacity: CapacityConfig = section(CapacityConfig)
     tracking: TrackingConfig = section(TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -91,6 +97,8 @@ class SweepConfig:
         require(self.tracking.parent_run_id is None, "tracking.parent_run_id", "...", "a sweep makes its own")
         for stage in ("train", "mitigation"):
             _check_budget(stage, getattr(self, stage))
+        minutes = self.budget_minutes
+        require(minutes is None or minutes > 0, "budget_minutes", minutes, "must be positive, e.g. 9")
 
     @property
     def directory(self) -> str:
@@ -99,6 +107,11 @@ class SweepConfig:
     @property
     def has_mitigation_stage(self) -> bool:
         return bool(self.mitigation.space) and self.mitigation.checkpoints > 0
+
+    @property
+    def has_capacity_stage(self) -> bool:
+        """A study of capacity takes the place of the other stages."""
+        return bool(self.capacity.series)
 
     @property
     def threads_per_trial(self) -> int:
@@ -193,13 +206,36 @@ def evaluation(config: SweepConfig, *, stage: Stage) -> dict[str, Any]:
     return settings | {"seed": first + STAGES.index(stage)}
 
 
+def equal_tokens(config: SweepConfig, point: Point) -> Point:
+    """The rows that give a step of this point train.tokens_per_step tokens, where that is set."""
+    if config.train.tokens_per_step is None:
+        return {}
+    length = point.get("data.train_length") or train_base(config).data.train_length
+    return rows_for(config.train.tokens_per_step, length)
+
+
+def capacity_point(config: SweepConfig, size: Point, length: int, attempt: int) -> Point:
+    """What one run of a study of capacity sets; a retry has another learning rate."""
+    point = size | {"data.train_length": length}
+    if attempt:
+        lr = size.get("optim.lr", train_base(config).optim.lr)
+        point |= {"optim.lr": lr * config.capacity.retry_lr[attempt - 1]}
+    return point
+
+
 def check(config: SweepConfig) -> None:
     """Build the config of every point (every extreme of a range); ValueError names what does not hold."""
     base = {"run_dir": None, "seed": config.train.seeds[0]}
     space = train_space(config)
     for point in grid(space) if config.train.sampler == "grid" else corners(space):
-        sources = [config.train.base, unfold(config.train.overrides), point | base]
+        sources = [
+            config.train.base,
+            unfold(config.train.overrides),
+            point | equal_tokens(config, point) | base,
+        ]
         _parse("train.space", TrainConfig, sources)
+    if config.has_capacity_stage:
+        _check_capacity(config)
     for stage in STAGES:
         settings = evaluation(config, stage=stage)
         for name in ("checkpoint", "run_dir", "mitigation", "bench", "tracking"):
@@ -210,6 +246,34 @@ def check(config: SweepConfig) -> None:
         for point in grid(mitigation) if config.mitigation.sampler == "grid" else corners(mitigation):
             sources = [{"checkpoint": "-", "mitigation.name": name}, point]
             _parse(f"mitigation.space.{name}", EvaluateConfig, sources)
+
+
+def _check_capacity(config: SweepConfig) -> None:
+    """Build the config of every size at every length, retries included."""
+    train, measured = config.train, unfold(config.evaluate)
+    for name, value in (("train.space", train.space), ("train.checkpoints", train.checkpoints)):
+        require(not value, name, value, "belongs to another kind of sweep than capacity.series")
+    require(not config.mitigation.space, "mitigation.space", "...", "is no stage of a study of capacity")
+    spread = max(train.seeds) - min(train.seeds) < RETRY_SEED
+    require(spread, "train.seeds", train.seeds, f"must lie within {RETRY_SEED}: retries take those beyond")
+    lengths = measured.get("passkey.lengths", [])
+    remedy = "each model is asked at 1x to 64x its own length; leave it out"
+    require(not lengths, "evaluate.passkey.lengths", lengths, remedy)
+    require(
+        "passkey" in measured.get("suites", ["passkey"]),
+        "evaluate.suites",
+        measured.get("suites"),
+        "needs passkey",
+    )
+    base = train_base(config)
+    require(base.data.name == "passkey", "train.base", base.data.name, "a study of capacity trains passkey")
+    sizes, lengths = state_sizes(config.capacity, base), config.capacity.lengths
+    runs = [(sizes[0], length, 0) for length in lengths] + [(size, lengths[0], 0) for size in sizes]
+    runs += [(sizes[0], lengths[0], i + 1) for i in range(len(config.capacity.retry_lr))]
+    for size, length, attempt in runs:
+        point = capacity_point(config, size.point, length, attempt)
+        sources = [train.base, unfold(train.overrides), point | equal_tokens(config, point)]
+        _parse(f"capacity: {size.key}, length {length}", TrainConfig, sources)
 
 
 def _parse(where: str, schema: type, sources: list[Any]) -> Any:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 
 from optuna.storages import JournalStorage
 from optuna.study import Study
@@ -21,6 +22,8 @@ from rich.console import Console
 from conf.load import flatten
 from conf.sweep_schema import Direction, SweepConfig, mitigation_points, train_points
 from lightning_modules.tracking import Tracker
+from sweeps.laws.capacity import STUDY as CAPACITY
+from sweeps.laws.capacity import plan_capacity
 from sweeps.live import Display, duration
 from sweeps.locks import ProcessLock
 from sweeps.report import make_console, write_report
@@ -41,6 +44,8 @@ from sweeps.study_dir import prepare
 from sweeps.supervise import Stopped, SweepFailed, Workers
 
 BASELINE = {"mitigation.name": "none"}
+BUDGET_OVER = 0  # among received signals, whose numbers begin at 1
+STOPPED_BY_BUDGET = 75  # EX_TEMPFAIL: the same command goes on
 
 Grow = Callable[[Study], Plan]
 
@@ -56,15 +61,17 @@ def conduct(config: SweepConfig, command: str) -> int:
     Raises ValueError (one line) where the study directory or the tracking store cannot be used.
     """
     console, began = make_console(), time.monotonic()
-    with _sole_sweep(config) as study_dir, _stop_signals() as signals:
+    with _sole_sweep(config) as study_dir, _stop_signals() as signals, _budget(config, signals):
         sweep = Sweep(config, study_dir, console, signals)
         try:
             sweep.run()
         except Stopped:
+            over = signals[0] == BUDGET_OVER
+            why = f"Stopped after budget_minutes={config.budget_minutes:g}" if over else "Stopped"
             console.print(
-                f"Stopped; what is finished is kept. To go on:  {command}", soft_wrap=True, highlight=False
+                f"{why}; what is finished is kept. To go on:  {command}", soft_wrap=True, highlight=False
             )
-            return 128 + signals[0]
+            return STOPPED_BY_BUDGET if over else 128 + signals[0]
         except SweepFailed as error:
             write_report(study_dir, console)
             console.print(f"error: {error}. To go on:  {command}", soft_wrap=True, highlight=False)
@@ -82,6 +89,9 @@ class Sweep:
         self.storage: JournalStorage = open_journal(study_dir)
 
     def run(self) -> None:
+        if self.config.has_capacity_stage:
+            self._measure_capacity()
+            return
         with self._parent("train") as tracker:
             study = self._train_study(tracker)
             self._finish("train", study)
@@ -94,6 +104,13 @@ class Sweep:
                 compared = self._comparison(model, tried, tracker)
                 self._finish(f"comparison on fresh prompts, trial {model.number}", compared)
                 self._record(tracker, [tried, compared], is_last=model is models[-1])
+
+    def _measure_capacity(self) -> None:
+        """One stage, whose plan grows from its results: a search for thresholds (sweeps/laws)."""
+        with self._parent(CAPACITY) as tracker:
+            study = self._study(CAPACITY, {}, "maximize", stage="train", mlflow_run_id=tracker.run_id)
+            self._finish("capacity", study, lambda study: plan_capacity(self.config, self.study_dir, study))
+            self._record(tracker, [study], is_last=True)
 
     def _models_to_mend(self, study: Study) -> list[Measured]:
         if not self.config.has_mitigation_stage:
@@ -195,6 +212,20 @@ def _sole_sweep(config: SweepConfig) -> Iterator[Path]:
         yield prepare(config)
     finally:
         lock.release()
+
+
+@contextmanager
+def _budget(config: SweepConfig, signals: list[int]) -> Iterator[None]:
+    """Asks for the end after budget_minutes, as a signal would."""
+    minutes = config.budget_minutes
+    timer = Timer(60 * (minutes or 0), signals.append, [BUDGET_OVER])
+    timer.daemon = True
+    if minutes is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

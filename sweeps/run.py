@@ -4,7 +4,8 @@ Run a sweep to its end: train models over a space, try mitigations on those that
 to interrupt (Ctrl-C) and to start again with the same command, which goes on. Everything is left in study_dir
 (runs/<name>) and in MLflow.
 
-Ends with 0, with 1 when trials have failed, with 2 for a config that does not hold.
+Ends with 0, with 1 when trials have failed, with 2 for a config that does not hold, with 75 when
+budget_minutes= are over and the same command goes on.
 """
 
 import shlex

@@ -14,7 +14,16 @@ from conf.sweep_schema import SweepConfig, train_base
 from lightning_modules.run_dir import write_text
 
 # Settings of the machine rather than of the study: they may change from one start to the next.
-CHANGEABLE = {"workers", "threads", "max_failures", "study_dir", "print_config", "train.base"}
+CHANGEABLE = {
+    "workers",
+    "threads",
+    "max_failures",
+    "budget_minutes",
+    "capacity.resamples",
+    "study_dir",
+    "print_config",
+    "train.base",
+}
 
 
 def prepare(config: SweepConfig) -> Path:

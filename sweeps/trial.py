@@ -19,7 +19,7 @@ from typing import Any
 
 from conf.load import parse, to_yaml
 from conf.schema import EvaluateConfig, TrainConfig
-from conf.sweep_schema import SweepConfig, evaluation
+from conf.sweep_schema import SweepConfig, equal_tokens, evaluation
 from lightning_modules.run_dir import read_result, write_text
 from sweeps.studies import Claim, point_of
 from sweeps.tether import tethered
@@ -165,7 +165,14 @@ def _train_config(claim: Claim, config: SweepConfig, study_dir: Path) -> TrainCo
     }
     tracking = _tracking(claim, config, claim.study.user_attrs["mlflow_run_id"])
     try:
-        return parse(TrainConfig, [str(study_dir / "base.yaml"), point_of(claim.trial), owned, tracking])
+        point = point_of(claim.trial)
+        sources: list[Any] = [
+            str(study_dir / "base.yaml"),
+            point | equal_tokens(config, point),
+            owned,
+            tracking,
+        ]
+        return parse(TrainConfig, sources)
     except ValueError as error:  # settings that do not go together, which a sampler may propose
         raise TrialFailed(f"config: {error}") from None
 

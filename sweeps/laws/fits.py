@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.special import log_ndtr
 
 from sweeps.laws.forms import FORMS, Floats, Form
@@ -222,6 +221,8 @@ def _fit(form: Form, thresholds: Sequence[Threshold], start: Fit | None = None) 
 
 def _minimise(cost: Callable[[Floats], float], values: Floats, thorough: bool) -> Any:
     """The simplex search needs no gradient: a clipped law has kinks. Steps are of the size of the values."""
+    from scipy.optimize import minimize  # 0.4 s that the start of a sweep need not wait for
+
     steps = np.maximum(0.2 * np.abs(values), 0.2)
     simplex = np.vstack([values, values + np.diag(steps)])
     found = None
