@@ -299,12 +299,12 @@ class TrainConfig:
         name, value = "initial_state.name", self.initial_state.name
         consecutive = self.data.name == "documents" and self.data.documents.layout == "consecutive"
         if value == "carried":
+            # Rows of passkey prompts go on by themselves: one prompt after another, from step to step.
+            documents, steps = self.data.name == "documents", self.data.curriculum_steps
             remedy = "needs rows that go on in the next batch: data.documents.layout=consecutive"
-            if self.data.name != "documents":
-                remedy = f"{self.data.name} prompts do not continue each other: use passed, or documents"
-            require(consecutive, name, value, remedy)
-            steps = self.data.curriculum_steps
-            require(steps == 0, name, value, f"rows end with data.curriculum_steps={steps}: set it to 0")
+            require(consecutive or not documents, name, value, remedy)
+            remedy = f"rows end with data.curriculum_steps={steps}: set it to 0"
+            require(steps == 0 or not documents, name, value, remedy)
         elif value == "passed":
             remedy = "one consecutive row a micro-batch continues itself: use carried, or more rows"
             require(not consecutive or rows > 1, name, value, remedy)
