@@ -347,6 +347,17 @@ class LossEvalConfig:
 
 
 @dataclass(kw_only=True)
+class StatesEvalConfig:
+    """Size of every head's state and its retention, beyond the training length."""
+
+    length: int | None = option(None, "tokens to read; none: 16x the training length")
+    prompts: int = option(4, "rows read side by side, averaged")
+
+    def __post_init__(self) -> None:
+        require_at_least("states", self, 1, "prompts")
+
+
+@dataclass(kw_only=True)
 class MeasureConfig:
     """What every command that measures one checkpoint takes."""
 
@@ -370,12 +381,13 @@ class MeasureConfig:
 class EvaluateConfig(MeasureConfig):
     """One evaluation of one checkpoint."""
 
-    suites: list[str] = option(["passkey", "loss"], "what to measure: passkey, loss")
+    suites: list[str] = option(["passkey", "loss"], "what to measure: passkey, loss, states")
     split: Literal["test", "validation"] = option(
         "test", "held-out text: test to report on, validation to choose settings by"
     )
     passkey: PasskeyEvalConfig = section(PasskeyEvalConfig)
     loss: LossEvalConfig = section(LossEvalConfig)
+    states: StatesEvalConfig = section(StatesEvalConfig)
     bench: dict[str, Any] = option(
         {}, "mitigation.name=all: mitigation -> settings or lists of them; null leaves it out; else defaults"
     )
@@ -385,8 +397,8 @@ class EvaluateConfig(MeasureConfig):
         compares = self.mitigation.name == "all"
         require(compares or not self.bench, "bench", list(self.bench), "belongs to mitigation.name=all")
         bench_mitigations(self.bench, train_length=256)  # each setting is checked; the length decides none
-        known = bool(self.suites) and set(self.suites) <= {"passkey", "loss"}
-        require(known, "suites", self.suites, "choose from [passkey, loss]")
+        known = bool(self.suites) and set(self.suites) <= {"passkey", "loss", "states"}
+        require(known, "suites", self.suites, "choose from [passkey, loss, states]")
 
 
 @dataclass(kw_only=True)
