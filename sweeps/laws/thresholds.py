@@ -143,12 +143,18 @@ def _wanted(search: Search, known: Mapping[int, Settled]) -> list[int]:
         (found.low, min((length for length in holds if length > found.low), default=math.inf)),
         (max((length for length in collapsed if length < found.high), default=0), found.high),
     }
-    wanted = {_split(open_lengths, low, high) for low, high in gaps}
+    missing = [length for length, outcome in known.items() if outcome == "missing"]
+    wanted = {_split(open_lengths, low, high, missing) for low, high in gaps}
     return sorted(length for length in wanted if length is not None)
 
 
-def _split(open_lengths: list[int], low: float, high: float) -> int | None:
-    """The length that halves (low, high) in logarithm; beyond an end of what is known, the outermost."""
+def _split(open_lengths: list[int], low: float, high: float, missing: list[int]) -> int | None:
+    """The length that halves (low, high) in logarithm; beyond an end of what is known, the outermost.
+
+    Where nothing holds and longer lengths were not solved, the halving looks for the longest that can be.
+    """
+    if math.isinf(high):
+        high = min((length for length in missing if length > low), default=math.inf)
     inside = [length for length in open_lengths if low < length < high]
     if not inside:
         return None

