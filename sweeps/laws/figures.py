@@ -46,12 +46,10 @@ def _draw_law(axes: Axes, kind: Kind, count: Count, law: Law) -> None:
     if count == "total":
         published = PAPER[kind]
         n, t = np.array(published.points).T
-        axes.plot(n, t, "k*", markersize=8, label="arXiv 2410.07145, its points", zorder=3)
+        axes.plot(n, t, "k*", markersize=8, label="the paper's points", zorder=3)
         grid = np.geomspace(n[0] * 0.5, n[-1] * 1.5, 400)
         curve = published.tokens(grid)
-        axes.plot(
-            grid[curve > 64], curve[curve > 64], "k--", linewidth=1, label=f"its law: {published.words}"
-        )
+        axes.plot(grid[curve > 64], curve[curve > 64], "k--", linewidth=1, label="the paper's law")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("N_S (elements of state)")
@@ -126,8 +124,8 @@ def residuals(series: str, laws: Laws) -> Figure:
             if fit is None:
                 axes.text(0.5, 0.6, "no fit: too few thresholds", transform=axes.transAxes, ha="center")
             axes.xaxis.set_minor_formatter(NullFormatter())
-            reach = max(1.0, *(abs(edge) for edge in axes.get_ylim()))
-            axes.set_ylim(-reach, reach)
             axes.set_ylabel("octaves above the fit" if column == 0 else "")
             axes.set_xlabel("N_S (elements of state)\nhollow: censored, at its known end" if row else "")
+        reach = max(1.0, *(abs(edge) for edge in panels[row][0].get_ylim()))
+        panels[row][0].set_ylim(-reach, reach)
     return figure
