@@ -91,6 +91,14 @@ def state_elements(model: ModelConfig) -> tuple[int, int]:
     return ssm, model.n_layers * model.conv_dim * (model.d_conv - 1)
 
 
+def run_point(config: CapacityConfig, base: TrainConfig, size: Point, length: int, attempt: int) -> Point:
+    """What one run sets; a retry has another learning rate."""
+    point = size | {"data.train_length": length}
+    if attempt:
+        point |= {"optim.lr": size.get("optim.lr", base.optim.lr) * config.retry_lr[attempt - 1]}
+    return point
+
+
 def rows_for(tokens_per_step: int | None, length: int) -> Point:
     """The batch that has so many tokens at a training length; nothing where rows are given instead.
 

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from conf.capacity import RETRY_SEED, CapacityConfig, rows_for, state_sizes
+from conf.capacity import RETRY_SEED, CapacityConfig, rows_for, run_point, state_sizes
 from conf.load import parse
 from conf.schema import (
     EvaluateConfig,
@@ -214,28 +214,12 @@ def equal_tokens(config: SweepConfig, point: Point) -> Point:
     return rows_for(config.train.tokens_per_step, length)
 
 
-def capacity_point(config: SweepConfig, size: Point, length: int, attempt: int) -> Point:
-    """What one run of a study of capacity sets; a retry has another learning rate."""
-    point = size | {"data.train_length": length}
-    if attempt:
-        lr = size.get("optim.lr", train_base(config).optim.lr)
-        point |= {"optim.lr": lr * config.capacity.retry_lr[attempt - 1]}
-    return point
-
-
 def check(config: SweepConfig) -> None:
     """Build the config of every point (every extreme of a range); ValueError names what does not hold."""
-    base = {"run_dir": None, "seed": config.train.seeds[0]}
-    space = train_space(config)
-    for point in grid(space) if config.train.sampler == "grid" else corners(space):
-        sources = [
-            config.train.base,
-            unfold(config.train.overrides),
-            point | equal_tokens(config, point) | base,
-        ]
-        _parse("train.space", TrainConfig, sources)
     if config.has_capacity_stage:
         _check_capacity(config)
+    else:
+        _check_train_space(config)
     for stage in STAGES:
         settings = evaluation(config, stage=stage)
         for name in ("checkpoint", "run_dir", "mitigation", "bench", "tracking"):
@@ -246,6 +230,15 @@ def check(config: SweepConfig) -> None:
         for point in grid(mitigation) if config.mitigation.sampler == "grid" else corners(mitigation):
             sources = [{"checkpoint": "-", "mitigation.name": name}, point]
             _parse(f"mitigation.space.{name}", EvaluateConfig, sources)
+
+
+def _check_train_space(config: SweepConfig) -> None:
+    owned = {"run_dir": None, "seed": config.train.seeds[0]}
+    space = train_space(config)
+    for point in grid(space) if config.train.sampler == "grid" else corners(space):
+        point |= equal_tokens(config, point) | owned
+        sources = [config.train.base, unfold(config.train.overrides), point]
+        _parse("train.space", TrainConfig, sources)
 
 
 def _check_capacity(config: SweepConfig) -> None:
@@ -271,7 +264,7 @@ def _check_capacity(config: SweepConfig) -> None:
     runs = [(sizes[0], length, 0) for length in lengths] + [(size, lengths[0], 0) for size in sizes]
     runs += [(sizes[0], lengths[0], i + 1) for i in range(len(config.capacity.retry_lr))]
     for size, length, attempt in runs:
-        point = capacity_point(config, size.point, length, attempt)
+        point = run_point(config.capacity, base, size.point, length, attempt)
         sources = [train.base, unfold(train.overrides), point | equal_tokens(config, point)]
         _parse(f"capacity: {size.key}, length {length}", TrainConfig, sources)
 

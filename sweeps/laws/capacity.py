@@ -10,8 +10,8 @@ import numpy as np
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from conf.capacity import RETRY_SEED, StateSize, state_sizes
-from conf.sweep_schema import SweepConfig, capacity_point, train_base
+from conf.capacity import RETRY_SEED, StateSize, run_point, state_sizes
+from conf.sweep_schema import SweepConfig, train_base
 from sweeps.laws.fits import Law, Threshold, fit_law
 from sweeps.laws.outcomes import Judged, judge, longest
 from sweeps.laws.thresholds import Interval, Outcome, Run, Search, interval, next_runs, settle
@@ -110,9 +110,9 @@ def search_of(config: SweepConfig) -> Search:
 def plan_capacity(config: SweepConfig, study_dir: Path, study: Study) -> Plan:
     """What the search asks for next, given what has finished. Runs that failed wait for the next start."""
     found = collect_capacity(config, study_dir, study)
-    plan = {}
+    plan, base = {}, train_base(config)
     for run in next_runs(found.search, [size.key for size in found.sizes], found.outcomes):
-        point = capacity_point(config, found.size(run.size).point, run.length, run.attempt)
+        point = run_point(config.capacity, base, found.size(run.size).point, run.length, run.attempt)
         seed = run.seed + RETRY_SEED * run.attempt
         plan[json.dumps(asdict(run))] = Planned(fixed={}, attributes={"point": point, "seed": seed})
     return plan

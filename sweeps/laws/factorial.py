@@ -18,7 +18,7 @@ from lightning_modules.figures import COLOURS, MARKERS, length_axis, save
 from sweeps.results import Measured, Results, describe
 
 STATE, LENGTH = "initial_state.name", "data.train_length"
-FACTORS = (1, 4, 16, 64)  # multiples of the training length at which recent needles are shown
+FACTORS = (1, 16, 64)  # multiples of the training length at which recent needles are shown
 RESAMPLES = 2000
 CAPTION = (
     "By training length and initial state, every seed a point: recent needles at 64x, the growth of the "
@@ -80,7 +80,7 @@ def metric(name: str) -> Measure:
 def render(found: Factorial) -> list[RenderableType]:
     """A row a cell, then what each initial state changes and what length alone does."""
     table = Table(
-        title="Length and initial states: means over solved seeds (lowest to highest)", title_justify="left"
+        title="Length and initial states: means over solved seeds (lowest-highest)", title_justify="left"
     )
     headings = [f"recent {factor}x" for factor in FACTORS]
     for heading in ("", "length", "initial state", "solved", *headings, "RMS growth", "retention"):
@@ -188,6 +188,5 @@ def write_figure(found: Factorial, folder: Path) -> Path:
 def _span(values: Sequence[float]) -> str:
     if not values:
         return ""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    mean, low, high = (f"{value:.2f}" for value in (np.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low}-{high})"

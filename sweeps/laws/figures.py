@@ -56,7 +56,8 @@ def _draw_law(axes: Axes, kind: Kind, count: Count, law: Law) -> None:
     axes.set_ylabel(AXES[kind])
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
     lowest = [t.interval.low or t.interval.high for t in law.thresholds]
     axes.set_ylim(bottom=max(1.0, min(lowest, default=256) / 4))
 

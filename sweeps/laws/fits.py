@@ -198,15 +198,16 @@ def _fit(form: Form, thresholds: Sequence[Threshold], start: Fit | None = None) 
     else:
         middle = np.array([threshold.interval.middle for threshold in thresholds])
         guesses, sigmas = form.starts(n / scale, middle), [0.2, 0.7]
-    best, best_cost = None, math.inf
+    found = []
     for guess in guesses:
         for sigma in sigmas:
             values = np.array([*guess, math.log(sigma)])
             values[:-1][positive] = np.log(np.maximum(values[:-1][positive], 1e-12))
-            found = _minimise(cost, values, thorough=start is None)
-            if found.fun < best_cost:
-                best, best_cost = found.x, float(found.fun)
-    assert best is not None, f"{form.name}: no start has a likelihood"
+            found.append(_minimise(cost, values, step=0.2))
+    best = min(found, key=lambda end: end.fun).x
+    if start is None:  # a simplex may have stopped on a kink: again from where the best one ended
+        for step in (0.1, 0.05):
+            best = _minimise(cost, best, step).x
     parameters, sigma = decode(best)
     log_likelihood = -cost(best)
     return Fit(
@@ -219,19 +220,14 @@ def _fit(form: Form, thresholds: Sequence[Threshold], start: Fit | None = None) 
     )
 
 
-def _minimise(cost: Callable[[Floats], float], values: Floats, thorough: bool) -> Any:
-    """The simplex search needs no gradient: a clipped law has kinks. Steps are of the size of the values."""
+def _minimise(cost: Callable[[Floats], float], values: Floats, step: float) -> Any:
+    """The simplex search needs no gradient: a clipped law has kinks. Its first steps are of the size of the
+    values."""
     from scipy.optimize import minimize  # 0.4 s that the start of a sweep need not wait for
 
-    steps = np.maximum(0.2 * np.abs(values), 0.2)
-    simplex = np.vstack([values, values + np.diag(steps)])
-    found = None
-    for _ in range(3 if thorough else 1):
-        options = {"initial_simplex": simplex, "xatol": 1e-4, "fatol": 1e-5, "maxiter": 1000, "maxfev": 2000}
-        found = minimize(cost, values, method="Nelder-Mead", options=options)
-        values = found.x
-        simplex = np.vstack([values, values + np.diag(np.maximum(0.05 * np.abs(values), 0.05))])
-    return found
+    simplex = np.vstack([values, values + np.diag(np.maximum(step * np.abs(values), step))])
+    options = {"initial_simplex": simplex, "xatol": 1e-4, "fatol": 1e-5, "maxiter": 1000, "maxfev": 2000}
+    return minimize(cost, values, method="Nelder-Mead", options=options)
 
 
 def _log_probability(low: Floats, high: Floats) -> Floats:

@@ -40,13 +40,12 @@ class Report:
 
 def report_capacity(config: SweepConfig, study_dir: Path, study: Study) -> Report:
     """Judge, fit and draw what has finished so far."""
-    found = collect_capacity(config, study_dir, study)
+    return report_found(collect_capacity(config, study_dir, study), study_dir / "figures")
+
+
+def report_found(found: Capacity, folder: Path) -> Report:
     laws = all_laws(found)
-    return Report(
-        blocks=render(found, laws),
-        figures=list(_draw(found, laws, study_dir / "figures")),
-        rows=run_rows(found),
-    )
+    return Report(blocks=render(found, laws), figures=list(_draw(found, laws, folder)), rows=run_rows(found))
 
 
 def _draw(found: Capacity, laws: dict[str, Laws], folder: Path) -> Iterator[tuple[Path, str]]:

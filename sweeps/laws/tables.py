@@ -5,7 +5,7 @@ import math
 from rich.console import RenderableType
 from rich.table import Table
 
-from conf.sweep_schema import capacity_point, equal_tokens, train_base
+from conf.sweep_schema import equal_tokens, train_base
 from sweeps.laws.capacity import COUNTS, Capacity, Count
 from sweeps.laws.figures import TITLES, Laws
 from sweeps.laws.fits import Fit, Law
@@ -70,8 +70,9 @@ def lengths_table(found: Capacity) -> Table:
         table.add_column(heading, justify="right")
     base = train_base(config)
     for length in found.search.lengths:
-        point = capacity_point(config, {}, length, 0)
-        rows = equal_tokens(config, point).get("data.batch_size", base.data.batch_size)
+        rows = equal_tokens(config, {"data.train_length": length}).get(
+            "data.batch_size", base.data.batch_size
+        )
         steps, short = base.trainer.max_steps, base.data.curriculum_steps
         curriculum = f"{short} steps at {base.data.curriculum_length}" if short else "none"
         numbers = (length, rows, rows * length, steps, rows * length * steps)

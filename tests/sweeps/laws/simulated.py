@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from conf.capacity import state_sizes
+from conf.capacity import run_point, state_sizes
 from conf.load import parse
-from conf.sweep_schema import SweepConfig, capacity_point, train_base
+from conf.sweep_schema import SweepConfig, train_base
 from lightning_modules.evaluation.conclusion import conclude, metrics
 from lightning_modules.evaluation.passkey import wilson_interval
 from sweeps.laws.capacity import Capacity, search_of
@@ -76,7 +76,8 @@ class World:
     def __init__(self, config: SweepConfig, forget, recall, sigma=0.2, unsolved=0.0) -> None:
         self.config, self.forget, self.recall = config, forget, recall
         self.sigma, self.unsolved = sigma, unsolved
-        self.sizes = {size.key: size for size in state_sizes(config.capacity, train_base(config))}
+        self.base = train_base(config)
+        self.sizes = {size.key: size for size in state_sizes(config.capacity, self.base)}
 
     def measure(self, run: Run, number: int = 0) -> Measured:
         size, dice = self.sizes[run.size], np.random.default_rng([len(run.size), run.seed, 7])
@@ -93,7 +94,7 @@ class World:
             recent[length * 2**octave] = round(beyond * PROMPTS) / PROMPTS
         recall = {length * 2**i: inside if length * 2**i <= reach or not i else 0.7 for i in range(7)}
         recall = {at: exact for at, exact in recall.items() if at <= 16384}
-        point = capacity_point(self.config, size.point, length, run.attempt)
+        point = run_point(self.config.capacity, self.base, size.point, length, run.attempt)
         return measured(length, recent, recall, point, run.seed, number)
 
     def explore(self, limit: int = 10_000) -> Capacity:
@@ -101,8 +102,8 @@ class World:
         judged = {}
         search = search_of(self.config)
         while runs := next_runs(search, self.sizes, {run: one.outcome for run, one in judged.items()}):
-            for run in runs:
+            for run in runs[: limit - len(judged)]:
                 judged[run] = judge(run, self.measure(run, len(judged)), self.config.capacity)
-            if len(judged) >= limit:
+            if len(judged) == limit:
                 break
         return Capacity(config=self.config, sizes=list(self.sizes.values()), judged=judged, failed={})
