@@ -314,6 +314,20 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
+class SideBySideConfig:
+    """Small runs trained side by side in one process."""
+
+    run_dirs: list[str] = option([], "run directories, each with the config.yaml of a run")
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.run_dirs), "run_dirs", self.run_dirs, "give the run directories: run_dirs=[DIR,DIR]"
+        )
+        once = len(set(self.run_dirs)) == len(self.run_dirs)
+        require(once, "run_dirs", self.run_dirs, "give each once")
+
+
+@dataclass(kw_only=True)
 class PasskeyEvalConfig:
     """Passkey accuracy by length and depth, and with recent needles only."""
 

@@ -149,7 +149,7 @@ def fit_law(
     if count_uncensored(thresholds) == 0:  # only bounds: any curve between them would do
         return Law(thresholds=thresholds, fits=[])
     chosen = [FORMS[name] for name in forms if len(FORMS[name].parameters) < max(2, sizes)]
-    fits = sorted((_fit(form, thresholds) for form in chosen), key=lambda fit: fit.aicc)
+    fits = sorted((_fit(form, thresholds) for form in chosen), key=_rank)
     resampled: dict[str, list[Fit]] = {fit.form.name: [] for fit in fits}
     wins = dict.fromkeys(resampled, 0)
     generator = np.random.default_rng(seed)
@@ -158,9 +158,14 @@ def fit_law(
         again = [_fit(fit.form, drawn, start=fit) for fit in fits]
         for fit in again:
             resampled[fit.form.name].append(fit)
-        wins[min(again, key=lambda fit: fit.aicc).form.name] += 1
+        wins[min(again, key=_rank).form.name] += 1
     shares = {name: count / resamples for name, count in wins.items()} if resamples else {}
     return Law(thresholds=thresholds, fits=fits, resampled=resampled if resamples else {}, wins=shares)
+
+
+def _rank(fit: Fit) -> tuple[float, float]:
+    """The best form first; by likelihood alone where there are too few thresholds for AICc."""
+    return fit.aicc, -fit.log_likelihood
 
 
 def _resample(thresholds: Sequence[Threshold], generator: np.random.Generator) -> list[Threshold]:

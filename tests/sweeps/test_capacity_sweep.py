@@ -1,4 +1,4 @@
-"""A whole study of capacity over stand-in models: the plan grows, survives a budget and a kill, and ends alike."""
+"""A study of capacity over stand-in models: the plan grows, survives a budget and a kill, and ends alike."""
 
 import csv
 import json
