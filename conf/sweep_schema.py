@@ -74,6 +74,7 @@ class SweepConfig:
     study_dir: str | None = option(None, "where the study lives; none: runs/<name>")
     workers: int = option(2, "trials at a time, a process each")
     threads: int | None = option(None, "CPU threads per trial; none: cores // workers")
+    side_by_side: int = option(1, "passkey models that each worker trains at once, in one process")
     seed: int = option(0, "seed of the samplers")
     max_failures: int = option(3, "stop after this many failed trials in a row")
     budget_minutes: float | None = option(None, "stop cleanly after so long; the same command goes on")
@@ -87,7 +88,7 @@ class SweepConfig:
     def __post_init__(self) -> None:
         plain = self.name.replace("-", "").replace("_", "")
         require(plain.isascii() and plain.isalnum(), "name", self.name, "use letters, digits, - and _")
-        for name in ("workers", "threads", "max_failures"):
+        for name in ("workers", "threads", "side_by_side", "max_failures"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be at least 1")
         require(self.seed >= 0, "seed", self.seed, "must be at least 0")

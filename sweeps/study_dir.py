@@ -17,6 +17,7 @@ from lightning_modules.run_dir import write_text
 CHANGEABLE = {
     "workers",
     "threads",
+    "side_by_side",
     "max_failures",
     "budget_minutes",
     "capacity.resamples",

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from conf.load import parse, to_yaml
 from conf.schema import EvaluateConfig, TrainConfig
 from conf.sweep_schema import SweepConfig, equal_tokens, evaluation
 from lightning_modules.run_dir import read_result, write_text
+from sweeps.side_by_side import train_together
 from sweeps.studies import Claim, point_of
 from sweeps.tether import tethered
 
@@ -78,6 +79,19 @@ def run_trial(claim: Claim, config: SweepConfig, study_dir: Path, stop: Callable
         seconds=sum(result["seconds"] for result in results),
         mlflow_run_id=results[0]["mlflow_run_id"],
     )
+
+
+def train_side_by_side(
+    claims: Sequence[Claim], config: SweepConfig, study_dir: Path, stop: Callable[[], bool]
+) -> None:
+    """The training of several trials in one process; `run_trial` then finds it done. Raises Interrupted."""
+    configs = {}
+    for claim in claims:
+        try:
+            configs[claim.run_dir] = _train_config(claim, config, study_dir)
+        except TrialFailed:  # said by run_trial, which comes to it next
+            continue
+    train_together(configs, _Steps(threads=config.threads_per_trial, stop=stop)._spawn)
 
 
 def last_words(log: Path, lines: int = 3) -> str:

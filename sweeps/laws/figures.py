@@ -7,12 +7,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lightning_modules.figures import COLOURS, GREY, short_number
 from sweeps.laws.capacity import COUNTS, Count, Kind
 from sweeps.laws.fits import Law
-from sweeps.laws.forms import PAPER
+from sweeps.laws.forms import PAPER, M
 
 Laws = dict[tuple[Kind, Count], Law]
 TITLES: dict[Kind, str] = {"forget": "T_forget", "recall": "T_recall"}
@@ -51,8 +51,7 @@ def _draw_law(axes: Axes, kind: Kind, count: Count, law: Law) -> None:
         curve = published.tokens(grid)
         axes.plot(grid[curve > 64], curve[curve > 64], "k--", linewidth=1, label="the paper's law")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("N_S (elements of state)")
+    size_axis(axes)
     axes.set_ylabel(AXES[kind])
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -60,6 +59,20 @@ def _draw_law(axes: Axes, kind: Kind, count: Count, law: Law) -> None:
         axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2)
     lowest = [t.interval.low or t.interval.high for t in law.thresholds]
     axes.set_ylim(bottom=max(1.0, min(lowest, default=256) / 4))
+
+
+def size_axis(axes: Axes) -> None:
+    """State sizes in elements: 2K, 50K, 1M; with 1, 2, 5 of each decade where there are few decades."""
+    low, high = axes.get_xlim()
+    steps = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _elements(n)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("N_S (elements of state)")
+
+
+def _elements(n: float) -> str:
+    return f"{n / M:g}M" if n >= M else f"{n / 1e3:g}K" if n >= 1e3 else f"{n:g}"
 
 
 def _draw_thresholds(axes: Axes, law: Law) -> None:
@@ -124,9 +137,9 @@ def residuals(series: str, laws: Laws) -> Figure:
                 )
             if fit is None:
                 axes.text(0.5, 0.6, "no fit: too few thresholds", transform=axes.transAxes, ha="center")
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            size_axis(axes)
             axes.set_ylabel("octaves above the fit" if column == 0 else "")
-            axes.set_xlabel("N_S (elements of state)\nhollow: censored, at its known end" if row else "")
+            axes.set_xlabel(f"{axes.get_xlabel()}\nhollow: censored, at its known end" if row else "")
         reach = max(1.0, *(abs(edge) for edge in panels[row][0].get_ylim()))
         panels[row][0].set_ylim(-reach, reach)
     return figure

@@ -32,7 +32,7 @@ def surface(found: Capacity, series: str) -> Figure:
                 words[row, column] = f"{holding}/{len(solved)}"
             elif runs:
                 words[row, column] = "unsolved"
-    height = 2.2 + 0.42 * len(sizes)
+    height = max(3.6, 2.2 + 0.42 * len(sizes))
     figure, axes = _figure(f"Recent needles beyond the training length, {series}", 8.2, height)
     image = axes.imshow(kept, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower")
     for (row, column), text in np.ndenumerate(words):
