@@ -9,6 +9,7 @@ import hashlib
 import random
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -118,6 +119,7 @@ class PatientStorage(RDBStorage):
             skip_table_creation=not create,
             skip_compatibility_check=not create,
         )
+        weakref.finalize(self, self.engine.dispose)
 
     def create_new_study(self, *arguments: Any, **named: Any) -> int:
         return self.patience.call(functools.partial(super().create_new_study, *arguments, **named))
@@ -189,6 +191,10 @@ class Session:
         self.patience = patience
         self.generation = 0
         self._connection: psycopg.Connection | None = None
+
+    def __del__(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
 
     def ask(self, query: str, key: int) -> bool:
         """Run a locking function; after a broken connection on a new one. Raises DatabaseGone."""

@@ -117,7 +117,8 @@ class Results:
     @property
     def pareto(self) -> list[Measured]:
         """Of several objectives: the models that no other beats in all, the first objective's best first."""
-        return pareto_front(self.models, objectives_of(self.config.train))
+        objectives = objectives_of(self.config.train)
+        return pareto_front(self.models, objectives) if len(objectives) > 1 else []
 
 
 def collect(study_dir: Path, config: SweepConfig, studies: list[Study]) -> Results:
