@@ -40,8 +40,9 @@ from lightning_modules.finite import first_non_finite_parameter
 from lightning_modules.fit import final_metrics, prepare_process, start_from
 from lightning_modules.initial_state import Rows
 from lightning_modules.language_model import LanguageModel
-from lightning_modules.optim import build_optimizer, lr_factor
+from lightning_modules.optim import build_optimizer
 from lightning_modules.run_dir import RunDir, RunError, config_hash, require_same_settings
+from lightning_modules.schedule import lr_factor
 from lightning_modules.termination import Terminated, Termination
 from lightning_modules.tracking import Tracker
 
@@ -54,6 +55,8 @@ def require_side_by_side(config: TrainConfig) -> None:
     require(trainer.devices * trainer.num_nodes == 1, name, "...", "needs trainer.devices=1, num_nodes=1")
     require(trainer.precision == "32-true", name, "...", "needs trainer.precision=32-true")
     require(config.data.name == "passkey", name, "...", "trains passkey prompts: data.name=passkey")
+    alone = config.continue_from is None and not trainer.keep_stable
+    require(alone, name, "...", "neither continues another run nor is continued: train lengths alone")
     require(config.probe.factor == 0, name, "...", "has no probe: leave probe.factor at 0")
 
 
@@ -128,6 +131,7 @@ class Lane:
         self.metrics = LogMetrics(self.config, self.tracker)
         if saved is not None:
             self._restore(saved)
+        self.first_step = self.step
         self._batches, self._validation = _data(self.config)
         self.metrics.on_train_start(self.trainer, self.module)
 
@@ -181,11 +185,13 @@ class Lane:
         result = {
             "status": "completed",
             "command": "train",
-            "metrics": final_metrics(self.config, self.metrics),
+            "metrics": final_metrics(self.step, self.metrics),
             "mlflow_run_id": self.tracker.run_id,
             "tracking_complete": False,
             "checkpoint": str(path.relative_to(self.run.path)),
             "steps": self.step,
+            "continued_from": None,
+            "first_step_this_start": self.first_step,
             "seconds": self.metrics.seconds,
             "seconds_this_start": time.monotonic() - self.began,
         }

@@ -69,12 +69,13 @@ def _report(config: SweepConfig, study_dir: Path) -> "Report":
     from sweeps.laws.capacity import STUDY
     from sweeps.laws.report import Report, report_capacity
     from sweeps.results import collect, table_rows
+    from sweeps.store import stage_name
     from sweeps.studies import load_studies
     from sweeps.tables import render
 
     studies = load_studies(study_dir)
     if config.has_capacity_stage:
-        found = [study for study in studies if study.study_name == STUDY]
+        found = [study for study in studies if stage_name(study) == STUDY]
         if found:
             return report_capacity(config, study_dir, found[0])
     results = collect(study_dir, config, studies)

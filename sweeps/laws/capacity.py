@@ -15,8 +15,9 @@ from conf.sweep_schema import SweepConfig, train_base
 from sweeps.laws.fits import Law, Threshold, fit_law
 from sweeps.laws.outcomes import Judged, judge, longest
 from sweeps.laws.thresholds import Interval, Outcome, Run, Search, interval, next_runs, settle
+from sweeps.plans import Plan, Planned
 from sweeps.results import finished
-from sweeps.studies import Plan, Planned
+from sweeps.studies import latest, trials_of
 
 STUDY = "capacity"
 Kind = Literal["forget", "recall"]
@@ -120,17 +121,16 @@ def plan_capacity(config: SweepConfig, study_dir: Path, study: Study) -> Plan:
 
 def collect_capacity(config: SweepConfig, study_dir: Path, study: Study) -> Capacity:
     """Read and judge every finished run."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    trials = trials_of(study, TrialState.COMPLETE)
     runs = {trial.number: _run(trial.user_attrs["plan"]) for trial in trials}
     judged = {
         runs[measured.number]: judge(runs[measured.number], measured, config.capacity)
         for measured in finished(study_dir, study)
         if measured.number in runs
     }
-    latest = {trial.user_attrs["plan"]: trial for trial in study.get_trials(deepcopy=False)}
     failed = {
         _run(plan): str(trial.user_attrs.get("error", "ended without a word"))
-        for plan, trial in latest.items()
+        for plan, trial in latest(study).items()
         if trial.state == TrialState.FAIL
     }
     sizes = state_sizes(config.capacity, train_base(config))

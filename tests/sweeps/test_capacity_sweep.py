@@ -4,11 +4,11 @@ import csv
 import json
 import signal
 
-import optuna
 import pytest
 
 from sweeps.conduct import STOPPED_BY_BUDGET
-from sweeps.studies import open_journal
+from sweeps.store import stage_name
+from sweeps.studies import load_studies
 from tests.sweeps.conftest import SweepProcess
 
 STUDY = """\
@@ -68,7 +68,7 @@ def test_search_grows_stops_with_its_budget_and_goes_on_to_the_same_end(study, t
     blind = 2 * 5 * 2 * 1.5  # with the retries of seed 1
     assert len(found) < blind
 
-    trials = optuna.load_study(study_name="capacity", storage=open_journal(study.study_dir)).get_trials()
+    trials = next(s for s in load_studies(study.study_dir) if stage_name(s) == "capacity").get_trials()
     retried = next(t for t in trials if json.loads(t.user_attrs["plan"])["attempt"] == 1)
     assert retried.user_attrs["seed"] == 1001
     config = (study.study_dir / "capacity" / f"trial-{retried.number:04d}" / "config.yaml").read_text()

@@ -10,7 +10,9 @@ from conf.sweep_schema import check, equal_tokens, train_base
 from sweeps.laws.capacity import plan_capacity
 from sweeps.laws.outcomes import judge, longest
 from sweeps.laws.thresholds import Interval, Run
-from sweeps.studies import make_study, open_journal
+from sweeps.store import Store
+from sweeps.studies import make_study
+from sweeps.study_dir import prepare
 from tests.sweeps.laws.simulated import World, measured, study
 
 RUN = Run("d_state 16", 0, 256)
@@ -134,9 +136,9 @@ def test_a_mistake_is_named_in_one_line(settings, message):
 
 
 def test_the_plan_begins_with_the_coarse_test_of_every_size_and_seed(tmp_path):
-    config = study()
-    capacity = make_study(open_journal(tmp_path), "capacity", "maximize", stage="train")
-    plan = plan_capacity(config, tmp_path, capacity)
+    config = study(study_dir=str(tmp_path))
+    store = Store(prepare(config), config, create=True)
+    plan = plan_capacity(config, tmp_path, make_study(store, "capacity", {"m": "maximize"}, stage="train"))
     assert len(plan) == 7 * 3 * 3
     first = plan[json.dumps({"size": "d_state 4", "seed": 0, "length": 128, "attempt": 0})]
     assert first.attributes == {"point": {"model.d_state": 4, "data.train_length": 128}, "seed": 0}
