@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -83,18 +84,20 @@ def render(found: Factorial) -> list[RenderableType]:
         title="Length and initial states: means over solved seeds (lowest-highest)", title_justify="left"
     )
     headings = [f"recent {factor}x" for factor in FACTORS]
-    for heading in ("", "length", "initial state", "solved", *headings, "RMS growth", "retention"):
+    for heading in ("", "length", "initial state", "solved", *headings, "RMS", "growth", "retention"):
         table.add_column(heading, justify="left" if heading in ("", "initial state") else "right")
-    measures = [*map(recent_at, FACTORS), metric("states/rms_growth_max"), metric("states/retention_max")]
+    states = [metric(f"states/{name}_max") for name in ("rms_beyond", "rms_growth", "retention")]
     for key, models in found.cells.items():
         other, length, state = key
         solved = f"{sum(model.is_solved for model in models)}/{len(models)}"
-        table.add_row(other, f"{length:,}", state, solved, *(_span(found.values(key, m)) for m in measures))
+        inside, *beyond = (found.values(key, recent_at(factor)) for factor in FACTORS)
+        cells = [_mean(inside), *map(_span, beyond), *(_mean(found.values(key, read)) for read in states)]
+        table.add_row(other, f"{length:,}", state, solved, *cells)
         if state == found.states[-1]:
             table.add_section()
     words = (
-        "RMS growth: largest head's RMS beyond the training length over its largest within it. retention: of "
-        "the first token over one training length, the head that keeps most."
+        "RMS: of the largest head's state beyond training; growth: over its largest within it, of the "
+        "head that grows most. retention: of the first token over one length, the head that keeps most."
     )
     return [table, words, *sentences(found)]
 
@@ -174,15 +177,22 @@ def write_figure(found: Factorial, folder: Path) -> Path:
             length_axis(axes, found.lengths, "training length (tokens)" if row == len(measures) - 1 else "")
             if row == 0:
                 axes.set_title(other or "all", fontsize=10, loc="left")
-                axes.set_ylim(-0.03, 1.03)
             if name.startswith("RMS"):
                 axes.set_yscale("log")
+                for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                    axis_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            else:
+                axes.set_ylim(-0.03, 1.03)
             if column == 0:
                 axes.set_ylabel(name)
     for i, state in enumerate(found.states):
         panels[0][0].plot([], [], color=COLOURS[i], marker=MARKERS[i], label=state)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower left", ncols=5, frameon=False)
     return save(figure, folder / "initial_states.png")
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.2f}" if values else ""
 
 
 def _span(values: Sequence[float]) -> str:
