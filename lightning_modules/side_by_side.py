@@ -133,6 +133,8 @@ class Lane:
             self._restore(saved)
         self.first_step = self.step
         self._batches, self._validation = _data(self.config)
+        if cuda:
+            torch.cuda.synchronize()  # weights were made on another stream than the run's own
         self.metrics.on_train_start(self.trainer, self.module)
 
     @property

@@ -234,7 +234,9 @@ def mitigation(measured: Measured) -> str:
 def describe(point: Point, seed: int | None = None) -> str:
     """`train_length 256, d_state 16` or `forget_more alpha_scale 0.999`: a factor of 1 is left out."""
     name = point.get("mitigation.name")
-    short = {key.rsplit(".", 1)[-1]: value for key, value in point.items() if key != "mitigation.name"}
+    # `initial_state.name` is called initial_state
+    plain = {key.removesuffix(".name"): value for key, value in point.items() if key != "mitigation.name"}
+    short = {key.rsplit(".", 1)[-1]: value for key, value in plain.items()}
     if name is not None:
         short = {key: value for key, value in short.items() if value != NEUTRAL_SETTINGS[key]}
     words = [

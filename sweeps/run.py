@@ -1,6 +1,7 @@
 """python -m sweeps.run conf/sweep/NAME.yaml [key=value ...]
 
-Run a sweep to its end: train models over a space, try mitigations on those that collapse worst, report. Safe
+Run a sweep to its end: train models over a space, try mitigations on those that collapse worst, report; or,
+with capacity.series, search how long a training length each state size needs and fit laws to it. Safe
 to interrupt (Ctrl-C) and to start again with the same command, which goes on. Everything is left in study_dir
 (runs/<name>) and in MLflow.
 

@@ -168,7 +168,7 @@ def write_figure(found: Factorial, folder: Path) -> Path:
             axes.spines[["top", "right"]].set_visible(False)
             for i, state in enumerate(found.states):
                 by_length = {n: found.values((other, n, state), read) for n in found.lengths}
-                x = [n * 1.04 ** (i - len(found.states) / 2) for n in by_length for _ in by_length[n]]
+                x = [n * 1.02 ** (i - len(found.states) / 2) for n in by_length for _ in by_length[n]]
                 y = [value for values in by_length.values() for value in values]
                 axes.plot(x, y, MARKERS[i], color=COLOURS[i], markersize=4, alpha=0.7)
                 means = [(n, np.mean(values)) for n, values in by_length.items() if values]

@@ -198,6 +198,7 @@ def test_labels_and_the_line_that_opens_the_records():
     assert describe(FORGET) == "forget_more alpha_scale 0.999"
     assert describe(SCALE) == "delta_scale 0.9"
     assert describe(NONE) == "none"
+    assert describe({"initial_state.name": "zero", "model.d_state": 4}) == "initial_state zero, d_state 4"
     for seed in (0, 1):  # 1 is what a factor is left out at
         assert describe(FORGET, seed) == f"forget_more alpha_scale 0.999, seed {seed}"
         assert describe(SCALE, seed) == f"delta_scale 0.9, seed {seed}"
