@@ -118,7 +118,9 @@ def test_mistakes_are_one_line(tmp_path, config, postgres):
     with pytest.raises(ValueError, match=rf"holds a sweep of this name, made in {tmp_path}; use another"):
         make(Store(tmp_path / "elsewhere", config), 1)
     config.storage.uri = "postgresql://me:secret@127.0.0.1:1/nowhere"
-    with pytest.raises(ValueError, match=r"^storage.uri=postgresql://me@127.0.0.1:1/nowhere: [^\n]*$") as error:
+    with pytest.raises(
+        ValueError, match=r"^storage.uri=postgresql://me@127.0.0.1:1/nowhere: [^\n]*$"
+    ) as error:
         Store(tmp_path, config, create=True)
     assert "secret" not in str(error.value)
 

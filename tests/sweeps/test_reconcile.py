@@ -19,7 +19,7 @@ from sweeps.results import finished
 from sweeps.store import Store
 from sweeps.studies import enqueue, make_study
 from sweeps.trial import run_trial
-from tests.sweeps.directories import leave_trial, leave_training
+from tests.sweeps.directories import leave_training, leave_trial
 
 METRIC = {"passkey/recent_exact_beyond": "maximize"}
 
