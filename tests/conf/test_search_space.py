@@ -1,4 +1,4 @@
-"""Spaces with conditions and powers of two, objectives, bounds and budgets: checked by name, one line each."""
+"""Spaces with conditions and powers of two, objectives, bounds, budgets: checked by name, one line each."""
 
 import pytest
 

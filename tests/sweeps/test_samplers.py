@@ -75,7 +75,7 @@ def test_random_and_qmc_points_are_the_same_whoever_runs_them_and_however_many(t
     for folder, trials, restarts in (("a", 5, 5), ("b", 8, 1)):
         (tmp_path / folder).mkdir()
         config = make(tmp_path / folder, sampler, trials)
-        store, study = start(tmp_path / folder, config)
+        _, study = start(tmp_path / folder, config)
         for _ in range(restarts):
             run(Store(tmp_path / folder, config), study, count=8 // restarts)
         found.append([point_of(trial) for trial in study.get_trials()][:5])
