@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from conf.fields import option, require, require_at_least, section
 from conf.objectives import Bound, Direction
@@ -91,7 +91,7 @@ class TrainStageConfig:
     pruner: PrunerConfig = section(PrunerConfig)
     metric: str = option("passkey/recent_exact_beyond", "what the sampler improves and the table calls best")
     direction: Direction = option("maximize", "which way metric improves")
-    objectives: dict[str, Direction] = option(
+    objectives: dict[str, str] = option(
         {}, "several in place of metric: name -> maximize or minimize; the report shows their Pareto front"
     )
     constraints: list[str] = option(
@@ -122,7 +122,8 @@ class MitigationStageConfig:
 def objectives_of(stage: TrainStageConfig | MitigationStageConfig) -> dict[str, Direction]:
     """Metric -> direction; the first is what tables sort by."""
     several = stage.objectives if isinstance(stage, TrainStageConfig) else {}
-    return dict(several) or {stage.metric: stage.direction}
+    directions = cast(dict[str, Direction], dict(several))
+    return directions or {stage.metric: stage.direction}
 
 
 def bounds_of(stage: TrainStageConfig | MitigationStageConfig, where: str) -> list[Bound]:
@@ -138,6 +139,9 @@ def check_stage(where: str, stage: TrainStageConfig | MitigationStageConfig) -> 
         seeds = stage.seeds
         require(len(seeds) == len(set(seeds)) > 0, "train.seeds", seeds, "give at least one seed, each once")
         stage.pruner.check("train.pruner")
+        for name, way in stage.objectives.items():
+            known = way in get_args(Direction)
+            require(known, f"train.objectives.{name}", way, "choose maximize or minimize")
         count = len(stage.objectives)
         require(count != 1, "train.objectives", stage.objectives, "one objective is train.metric, direction")
         alone = stage.pruner.name == "none" or count == 0

@@ -112,6 +112,7 @@ class Sweep:
         """Creates what is missing of the store, before any worker looks at it."""
         self.config, self.study_dir, self.console = config, study_dir, console
         self.store = Store(study_dir, config, create=True, stop=lambda: bool(signals))
+        self.store.require_sole_sweep()
         self.workers = Workers(self.store, signals, console.print)
 
     def run(self) -> None:

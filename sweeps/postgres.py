@@ -101,6 +101,8 @@ def is_lost(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return True
+        if isinstance(error, sqlalchemy.exc.PendingRollbackError):  # the query after the one that lost it
+            return True
         if isinstance(error, sqlalchemy.exc.DBAPIError) and error.connection_invalidated:
             return True
         error = error.__cause__ or getattr(error, "orig", None)
@@ -275,6 +277,8 @@ def _sqlalchemy(uri: str) -> str:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error.__cause__, sqlalchemy.exc.PendingRollbackError):
+        return "the connection was lost"
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

@@ -97,7 +97,9 @@ class Follower:
                 self.taken.trial.report(value if self._same_way else -value, tokens)
                 self._reported.add(tokens)
         if newest is not None:
-            write_verdict(self.verdict, newest, self._study.pruner.prune(self._study, self._frozen()))
+            # NumPy's bool, of some pruners
+            prune = bool(self._study.pruner.prune(self._study, self._frozen()))
+            write_verdict(self.verdict, newest, prune)
 
     def _frozen(self) -> FrozenTrial:
         return self.taken.study._storage.get_trial(self.taken.trial._trial_id)

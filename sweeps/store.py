@@ -134,6 +134,21 @@ class Store:
         finally:
             lock.release()
 
+    def require_sole_sweep(self) -> None:
+        """With a database: be the one sweeps.run of this sweep on any host, until this process ends.
+
+        Raises ValueError (one line) if another is at work.
+        """
+        if self._session is None:
+            return
+        from sweeps.postgres import AdvisoryLock
+
+        if not AdvisoryLock(self._session, f"{self.id}/sole-sweep").try_acquire():
+            raise ValueError(
+                f"study_dir={self.study_dir}: another sweeps.run is at work there, on another host; "
+                "wait for it or stop it"
+            )
+
     @contextmanager
     def _creating(self) -> Iterator[None]:
         """One sweep at a time creates the tables: they race."""

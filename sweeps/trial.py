@@ -16,7 +16,7 @@ from conf.schema import EvaluateConfig, TrainConfig
 from conf.sweep_schema import equal_tokens, evaluation
 from conf.sweep_stages import bounds_of, objectives_of
 from sweeps import sharing
-from sweeps.claims import Claim
+from sweeps.claims import Claim, LostTrial
 from sweeps.identity import identity_of, mlflow_run_id, tags_of, write_identity
 from sweeps.pruning import GROUP, Follower, group_of, tokens_per_step
 from sweeps.samplers import point_of
@@ -160,8 +160,12 @@ class _Run:
         arguments = [*(overrides or []), *(identity + tracked if self.config.tracking.enabled else [])]
         try:
             result = self.steps.run(command, run_dir, config, arguments, environment or {})
-        finally:
+        except LostTrial:
+            raise  # its names are another worker's to write
+        except BaseException:
             self._note()
+            raise
+        self._note()
         return result
 
     def _note(self, **further: Any) -> None:

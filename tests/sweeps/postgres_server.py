@@ -68,8 +68,11 @@ class Server:
     def kill(self) -> None:
         """As if the host had lost power."""
         assert self.process is not None
-        for process in [*psutil.Process(self.process.pid).children(), psutil.Process(self.process.pid)]:
-            process.kill()
+        children = psutil.Process(self.process.pid).children()
+        self.process.kill()
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         self.process.wait()
         self.process = None
 

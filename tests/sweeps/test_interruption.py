@@ -1,6 +1,9 @@
 """A sweep killed at any level goes on with the same command: nothing lost, nothing twice, no orphan."""
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import optuna
@@ -10,6 +13,7 @@ from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
 from sweeps.studies import load_studies
+from tests.sweeps.conftest import ROOT
 
 
 def states(study_dir: Path, name: str = "train") -> list[TrialState]:
@@ -84,6 +88,38 @@ def test_killed_sweep_leaves_no_orphan_and_the_same_command_goes_on(sweep):
     sweep.run()
     assert_complete(sweep.study_dir)
     assert starts(sweep.study_dir) == [1, 2, 2]
+
+
+def test_everything_killed_at_once_is_reconciled_and_goes_on(sweep):
+    """No process is left to put anything back: what remains is repaired, once, and continued."""
+    process = sweep.start(*TRACKED, step_seconds=0.3)
+    sweep.wait_until_training(trials=2)
+    doomed = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in doomed:
+        one.suspend()  # nobody learns of another's death
+    for one in doomed:
+        one.kill()
+    process.communicate()
+    sweep.wait_until_gone("lightning_modules.train")
+    assert states(sweep.study_dir).count(TrialState.RUNNING) == 2
+    command = [sys.executable, "-m", "sweeps.reconcile", f"study={sweep.study_dir}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    printed = [
+        subprocess.run(command, cwd=sweep.folder, env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    lines = printed[0].stdout.splitlines()
+    assert [line for line in lines if "its worker is gone; it waits" in line] == lines[:2]
+    assert "(tiny/train): was RUNNING; set to KILLED" in lines[2]
+    assert lines[3:] == ["3 repaired."]
+    assert printed[1].stdout == "Nothing to repair.\n"
+    assert states(sweep.study_dir) == [TrialState.WAITING] * 3
+    sweep.run(*TRACKED)
+    assert_complete(sweep.study_dir)
+    assert starts(sweep.study_dir) == [1, 2, 2]
+    assert stage_status(sweep) == "FINISHED"
+    holders = [len(trial.user_attrs["holders"]) for trial in study_of(sweep.study_dir).get_trials()]
+    assert sorted(holders) == [1, 2, 2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

@@ -1,5 +1,6 @@
 """A sweep's config is checked whole, by name, before anything heavy is imported."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from conf.sweep_schema import (
     mitigation_points,
     train_base,
     train_points,
+    train_space,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +48,15 @@ def test_every_shipped_sweep_holds(path, monkeypatch):
     config = parse(SweepConfig, [str(path)])
     check(config)
     assert config.name == path.stem
+
+
+def test_sweep_file_of_the_docs_holds(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "sweeps.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "sweep.yaml").write_text(text)
+    config = parse(SweepConfig, [str(tmp_path / "sweep.yaml")])
+    check(config)
+    assert list(train_space(config)["initial_state.std"].when) == ["initial_state.name"]
 
 
 def test_points_are_the_whole_grid_without_the_identity(arguments):
@@ -155,7 +166,7 @@ assert not {"torch", "optuna", "mlflow", "matplotlib", "lightning"} & set(sys.mo
     assert done.stderr == "error: train.space: model.d_stat is no setting; did you mean model.d_state?\n"
 
 
-@pytest.mark.parametrize("module", ["sweeps.worker", "sweeps.report"])
+@pytest.mark.parametrize("module", ["sweeps.worker", "sweeps.report", "sweeps.reconcile"])
 def test_other_commands_name_a_wrong_study_directory(module, tmp_path):
     command = [sys.executable, "-m", module, f"study={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
