@@ -94,6 +94,9 @@ def test_a_run_that_fails_stops_its_own_search_only_and_is_tried_at_the_next_sta
     assert "The search goes on" in output
     assert "loss is not finite in layer 3" in output
     assert any("d_state 32 " in line and ">512" in line for line in output.splitlines())
-    mended = study.run("max_failures=100", *settings, **LAW)
+    mended = study.run("max_failures=100", "train.seeds=[0]", "capacity.lengths=[128,512,1024]", **LAW)
     assert "2 failed trials are tried again" in mended
     assert "The search has ended" in mended
+    assert any("d_state 32 " in line and "512-1,024" in line for line in mended.splitlines()), (
+        "a longer range"
+    )
