@@ -21,6 +21,7 @@ from conf.schema import TrainConfig
 from conf.sweep_schema import SweepConfig, train_space
 from lightning_modules.run_dir import read_result
 from lightning_modules.schedule import stable_steps
+from sweeps.budget import has_begun
 from sweeps.samplers import point_of
 from sweeps.store import Store
 from sweeps.studies import trial_name, trials_of
@@ -55,7 +56,7 @@ def deferred(
     return {
         trial.number
         for trial in waiting
-        if STEPS in point_of(trial)
+        if STEPS in point_of(trial) and not has_begun(trial)
         for other in shorter[_family(trial)]
         if point_of(other)[STEPS] < point_of(trial)[STEPS] and _overlap(other, config) > 0
     }

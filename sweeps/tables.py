@@ -69,12 +69,15 @@ def _front(front: Sequence[Measured], names: list[str]) -> list[RenderableType]:
     """Of several objectives, the models among which only taste can choose."""
     if len(names) < 2:
         return []
-    table = Table(title="Pareto front: no other model is better in all of these", title_justify="left")
+    table = Table(title="Pareto front", title_justify="left")
     for heading in ("", *names):
         table.add_column(heading, justify="left" if not heading else "right")
     for model in front:
         table.add_row(model.label, *(f"{model.values[name]:.4g}" for name in names))
-    return [table]
+    return [
+        table,
+        "Pareto front: of these, no model is beaten in all objectives by another within the bounds.",
+    ]
 
 
 def _verdict(model: Measured) -> list[str]:
