@@ -29,7 +29,7 @@ def render(found: Capacity, laws: dict[str, Laws]) -> list[RenderableType]:
 LEGEND = """\
 T_forget: the shortest training length without collapse lies in (low, high]; <: at most; >: more than.
 T_recall: the longest context recalled lies in [low, high), the maximum over training lengths.
-~: the outcome was not monotone in the length, the interval spans the dispute. -: no run was solved."""
+~: the outcome was not monotone in the length, the interval spans the dispute. -: no run has been solved."""
 
 
 def summary(found: Capacity) -> str:
