@@ -45,6 +45,7 @@ ui: $(STAMP) ## every run in the browser, on 127.0.0.1 only
 		--backend-store-uri $(STORE) --host 127.0.0.1 --port $(PORT) --workers 1
 
 test: $(STAMP) ## the tests, about 8 minutes on 2 cores
+	@tests/install_services.sh
 	@$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-all: $(STAMP) ## all tests, minutes-long and GPU ones included

@@ -220,6 +220,7 @@ class TrainerConfig:
     val_every: int = option(100, "optimizer steps between validations")
     checkpoint_every: int = option(100, "optimizer steps between checkpoints")
     keep_last: int = option(2, "checkpoints kept")
+    keep_stable: bool = option(False, "keep stable.ckpt too, before the decay: longer runs can continue it")
     progress_bar: bool = option(True, "a progress bar with tokens/s when the output is a terminal")
 
     def __post_init__(self) -> None:
@@ -249,6 +250,10 @@ class TrainConfig:
     print_config: bool = option(False, "print the resolved config and stop")
     init_from: str | None = option(
         None, "start from the weights of this run directory, .ckpt or saved directory; the schedule is new"
+    )
+    continue_from: str | None = option(
+        None,
+        "stable.ckpt of a run with fewer trainer.max_steps, else equal: begin there, as if from the start",
     )
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)
@@ -299,18 +304,32 @@ class TrainConfig:
         name, value = "initial_state.name", self.initial_state.name
         consecutive = self.data.name == "documents" and self.data.documents.layout == "consecutive"
         if value == "carried":
+            # Rows of passkey prompts go on by themselves: one prompt after another, from step to step.
+            documents, steps = self.data.name == "documents", self.data.curriculum_steps
             remedy = "needs rows that go on in the next batch: data.documents.layout=consecutive"
-            if self.data.name != "documents":
-                remedy = f"{self.data.name} prompts do not continue each other: use passed, or documents"
-            require(consecutive, name, value, remedy)
-            steps = self.data.curriculum_steps
-            require(steps == 0, name, value, f"rows end with data.curriculum_steps={steps}: set it to 0")
+            require(consecutive or not documents, name, value, remedy)
+            remedy = f"rows end with data.curriculum_steps={steps}: set it to 0"
+            require(steps == 0 or not documents, name, value, remedy)
         elif value == "passed":
             remedy = "one consecutive row a micro-batch continues itself: use carried, or more rows"
             require(not consecutive or rows > 1, name, value, remedy)
         elif value in ("noise", "fitted_noise"):
             remedy = "there is no noise of a window of tokens: drop mitigation.name=sliding_window"
             require(self.mitigation.name != "sliding_window", name, value, remedy)
+
+
+@dataclass(kw_only=True)
+class SideBySideConfig:
+    """Small runs trained side by side in one process."""
+
+    run_dirs: list[str] = option([], "run directories, each with the config.yaml of a run")
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.run_dirs), "run_dirs", self.run_dirs, "give the run directories: run_dirs=[DIR,DIR]"
+        )
+        once = len(set(self.run_dirs)) == len(self.run_dirs)
+        require(once, "run_dirs", self.run_dirs, "give each once")
 
 
 @dataclass(kw_only=True)
@@ -347,6 +366,17 @@ class LossEvalConfig:
 
 
 @dataclass(kw_only=True)
+class StatesEvalConfig:
+    """Size of every head's state and its retention, beyond the training length."""
+
+    length: int | None = option(None, "tokens to read; none: 16x the training length")
+    prompts: int = option(4, "rows read side by side, averaged")
+
+    def __post_init__(self) -> None:
+        require_at_least("states", self, 1, "prompts")
+
+
+@dataclass(kw_only=True)
 class MeasureConfig:
     """What every command that measures one checkpoint takes."""
 
@@ -370,12 +400,13 @@ class MeasureConfig:
 class EvaluateConfig(MeasureConfig):
     """One evaluation of one checkpoint."""
 
-    suites: list[str] = option(["passkey", "loss"], "what to measure: passkey, loss")
+    suites: list[str] = option(["passkey", "loss"], "what to measure: passkey, loss, states")
     split: Literal["test", "validation"] = option(
         "test", "held-out text: test to report on, validation to choose settings by"
     )
     passkey: PasskeyEvalConfig = section(PasskeyEvalConfig)
     loss: LossEvalConfig = section(LossEvalConfig)
+    states: StatesEvalConfig = section(StatesEvalConfig)
     bench: dict[str, Any] = option(
         {}, "mitigation.name=all: mitigation -> settings or lists of them; null leaves it out; else defaults"
     )
@@ -385,8 +416,8 @@ class EvaluateConfig(MeasureConfig):
         compares = self.mitigation.name == "all"
         require(compares or not self.bench, "bench", list(self.bench), "belongs to mitigation.name=all")
         bench_mitigations(self.bench, train_length=256)  # each setting is checked; the length decides none
-        known = bool(self.suites) and set(self.suites) <= {"passkey", "loss"}
-        require(known, "suites", self.suites, "choose from [passkey, loss]")
+        known = bool(self.suites) and set(self.suites) <= {"passkey", "loss", "states"}
+        require(known, "suites", self.suites, "choose from [passkey, loss, states]")
 
 
 @dataclass(kw_only=True)

@@ -6,8 +6,9 @@ of a grid (the extremes of a range) by building the whole config of that trial.
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
+from conf.capacity import RETRY_SEED, CapacityConfig, rows_for, run_point, state_sizes
 from conf.load import parse
 from conf.schema import (
     EvaluateConfig,
@@ -18,48 +19,15 @@ from conf.schema import (
     require_at_least,
     section,
 )
-from conf.search_space import Point, Space, corners, grid, parse_space, unfold
-
-Sampler = Literal["grid", "random", "tpe"]
-Direction = Literal["maximize", "minimize"]
-Stage = Literal["train", "mitigation", "confirm"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
-
-
-@dataclass(kw_only=True)
-class TrainStageConfig:
-    """One model per point of the space and seed, evaluated at and beyond its training length."""
-
-    checkpoints: list[str] = option([], "models that are there already: evaluate these, train none")
-    base: str = option("conf/train/demo.yaml", "config that every trial starts from")
-    overrides: dict[str, Any] = option({}, "settings of the base to replace, by dotted name")
-    space: dict[str, Any] = option({}, "dotted name -> list of values, or {low, high, log} for random, tpe")
-    seeds: list[int] = option([0], "grid: every point with each; random, tpe: in turn")
-    sampler: Sampler = option("grid", "grid: every point; random or tpe: `trials` of them")
-    trials: int | None = option(None, "how many trials random and tpe make, over all workers")
-    metric: str = option("passkey/recent_exact_beyond", "what tpe improves and the table calls best")
-    direction: Direction = option("maximize", "which way metric improves")
-
-
-@dataclass(kw_only=True)
-class MitigationStageConfig:
-    """Mitigations tried on the models that solve their task in length and collapse worst beyond it; on
-    train.checkpoints whatever they do."""
-
-    space: dict[str, Any] = option({}, "mitigation -> its settings -> values or range; empty skips the stage")
-    checkpoints: int = option(1, "how many models to mend, the worst collapse first; 0 skips the stage")
-    include_unsolved: bool = option(
-        False, "mend models that have not learnt their task, too: tries the commands"
-    )
-    evaluate: dict[str, Any] = option({}, "evaluate settings of every trial, on top of the sweep's own")
-    confirm: dict[str, Any] = option({}, "evaluate settings of the last comparison, on prompts of its own")
-    sampler: Sampler = option("grid", "grid: every point; random or tpe: `trials` of them")
-    trials: int | None = option(
-        None, "how many trials random and tpe make of each mitigation, on every model"
-    )
-    metric: str = option("passkey/recent_exact_beyond", "what a mitigation has to improve")
-    direction: Direction = option("maximize", "which way metric improves")
-    max_cost: float = option(0.1, "largest loss of in-length exact match that the best setting may have")
+from conf.search_space import Point, Space, corners, grid, parse_space, require_inside, unfold
+from conf.sweep_stages import (
+    STAGES,
+    MitigationStageConfig,
+    Stage,
+    StorageConfig,
+    TrainStageConfig,
+    check_stage,
+)
 
 
 @dataclass(kw_only=True)
@@ -70,27 +38,34 @@ class SweepConfig:
     study_dir: str | None = option(None, "where the study lives; none: runs/<name>")
     workers: int = option(2, "trials at a time, a process each")
     threads: int | None = option(None, "CPU threads per trial; none: cores // workers")
+    side_by_side: int = option(1, "passkey models that each worker trains at once, in one process")
     seed: int = option(0, "seed of the samplers")
     max_failures: int = option(3, "stop after this many failed trials in a row")
+    budget_minutes: float | None = option(None, "stop cleanly after so long; the same command goes on")
     print_config: bool = option(False, "print the resolved config and stop")
     train: TrainStageConfig = section(TrainStageConfig)
     evaluate: dict[str, Any] = option({}, "evaluate settings for trained models, by dotted name")
     mitigation: MitigationStageConfig = section(MitigationStageConfig)
+    capacity: CapacityConfig = section(CapacityConfig)
+    storage: StorageConfig = section(StorageConfig)
     tracking: TrackingConfig = section(TrackingConfig)
 
     def __post_init__(self) -> None:
         plain = self.name.replace("-", "").replace("_", "")
         require(plain.isascii() and plain.isalnum(), "name", self.name, "use letters, digits, - and _")
-        for name in ("workers", "threads", "max_failures"):
+        for name in ("workers", "threads", "side_by_side", "max_failures"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be at least 1")
         require(self.seed >= 0, "seed", self.seed, "must be at least 0")
         require_at_least("mitigation", self.mitigation, 0, "checkpoints", "max_cost")
-        seeds = self.train.seeds
-        require(len(seeds) == len(set(seeds)) > 0, "train.seeds", seeds, "give at least one seed, each once")
         require(self.tracking.parent_run_id is None, "tracking.parent_run_id", "...", "a sweep makes its own")
-        for stage in ("train", "mitigation"):
-            _check_budget(stage, getattr(self, stage))
+        self.storage.check()
+        check_stage("train", self.train)
+        check_stage("mitigation", self.mitigation)
+        minutes, together = self.budget_minutes, self.side_by_side
+        require(minutes is None or minutes > 0, "budget_minutes", minutes, "must be positive, e.g. 9")
+        alone = self.train.pruner.name == "none" or together == 1
+        require(alone, "side_by_side", together, "trials that a pruner watches train alone: set it to 1")
 
     @property
     def directory(self) -> str:
@@ -99,6 +74,11 @@ class SweepConfig:
     @property
     def has_mitigation_stage(self) -> bool:
         return bool(self.mitigation.space) and self.mitigation.checkpoints > 0
+
+    @property
+    def has_capacity_stage(self) -> bool:
+        """A study of capacity takes the place of the other stages."""
+        return bool(self.capacity.series)
 
     @property
     def threads_per_trial(self) -> int:
@@ -114,10 +94,22 @@ class WorkerConfig:
     since: float | None = option(
         None, "count failures from this time on (seconds since 1970); none: from now"
     )
+    wait: float = option(0.0, "seconds to wait for further trials (of the next stage, say) before the end")
 
     def __post_init__(self) -> None:
         require(bool(self.study), "study", "''", "give the study directory: study=DIR")
-        require(self.index >= 0, "index", self.index, "must be at least 0")
+        for name in ("index", "wait"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
+
+
+@dataclass(kw_only=True)
+class ReconcileConfig:
+    """Repair a sweep whose processes were killed."""
+
+    study: str = option("", "the study directory")
+
+    def __post_init__(self) -> None:
+        require(bool(self.study), "study", "''", "give the study directory: study=DIR")
 
 
 @dataclass(kw_only=True)
@@ -158,8 +150,12 @@ def mitigation_spaces(config: SweepConfig) -> dict[str, Space]:
             "needs settings, e.g. alpha_scale",
         )
         nested = {f"mitigation.{key}": value for key, value in settings.items()}
-        spaces[name] = parse_space(f"mitigation.space.{name}", nested, base)
+        spaces[name] = parse_space(f"mitigation.space.{name}", nested, base, prefix="mitigation.")
     return spaces
+
+
+def train_baselines(config: SweepConfig) -> list[Point]:
+    return [unfold(point) for point in config.train.baselines]
 
 
 def train_points(config: SweepConfig) -> list[Point]:
@@ -193,13 +189,20 @@ def evaluation(config: SweepConfig, *, stage: Stage) -> dict[str, Any]:
     return settings | {"seed": first + STAGES.index(stage)}
 
 
+def equal_tokens(config: SweepConfig, point: Point) -> Point:
+    """The rows that give a step of this point train.tokens_per_step tokens, where that is set."""
+    if config.train.tokens_per_step is None:
+        return {}
+    length = point.get("data.train_length") or train_base(config).data.train_length
+    return rows_for(config.train.tokens_per_step, length)
+
+
 def check(config: SweepConfig) -> None:
     """Build the config of every point (every extreme of a range); ValueError names what does not hold."""
-    base = {"run_dir": None, "seed": config.train.seeds[0]}
-    space = train_space(config)
-    for point in grid(space) if config.train.sampler == "grid" else corners(space):
-        sources = [config.train.base, unfold(config.train.overrides), point | base]
-        _parse("train.space", TrainConfig, sources)
+    if config.has_capacity_stage:
+        _check_capacity(config)
+    else:
+        _check_train_space(config)
     for stage in STAGES:
         settings = evaluation(config, stage=stage)
         for name in ("checkpoint", "run_dir", "mitigation", "bench", "tracking"):
@@ -212,20 +215,52 @@ def check(config: SweepConfig) -> None:
             _parse(f"mitigation.space.{name}", EvaluateConfig, sources)
 
 
+def _check_train_space(config: SweepConfig) -> None:
+    owned = {"run_dir": None, "seed": config.train.seeds[0]}
+    space = train_space(config)
+    baselines = train_baselines(config)
+    for point in baselines:
+        require_inside("train.baselines", point, space)
+    points = grid(space) if config.train.sampler == "grid" else corners(space)
+    for point in [*baselines, *points]:
+        sources = [
+            config.train.base,
+            unfold(config.train.overrides),
+            point | equal_tokens(config, point) | owned,
+        ]
+        _parse("train.space", TrainConfig, sources)
+
+
+def _check_capacity(config: SweepConfig) -> None:
+    """Build the config of every size at every length, retries included."""
+    train, measured = config.train, unfold(config.evaluate)
+    for name, value in (("train.space", train.space), ("train.checkpoints", train.checkpoints)):
+        require(not value, name, value, "belongs to another kind of sweep than capacity.series")
+    require(not config.mitigation.space, "mitigation.space", "...", "is no stage of a study of capacity")
+    spread = max(train.seeds) - min(train.seeds) < RETRY_SEED
+    require(spread, "train.seeds", train.seeds, f"must lie within {RETRY_SEED}: retries take those beyond")
+    lengths = measured.get("passkey.lengths", [])
+    remedy = "each model is asked at 1x to 64x its own length; leave it out"
+    require(not lengths, "evaluate.passkey.lengths", lengths, remedy)
+    require(
+        "passkey" in measured.get("suites", ["passkey"]),
+        "evaluate.suites",
+        measured.get("suites"),
+        "needs passkey",
+    )
+    base = train_base(config)
+    require(base.data.name == "passkey", "train.base", base.data.name, "a study of capacity trains passkey")
+    sizes, lengths = state_sizes(config.capacity, base), config.capacity.lengths
+    runs = [(sizes[0], length, 0) for length in lengths] + [(size, lengths[0], 0) for size in sizes]
+    runs += [(sizes[0], lengths[0], i + 1) for i in range(len(config.capacity.retry_lr))]
+    for size, length, attempt in runs:
+        point = run_point(config.capacity, base, size.point, length, attempt)
+        sources = [train.base, unfold(train.overrides), point | equal_tokens(config, point)]
+        _parse(f"capacity: {size.key}, length {length}", TrainConfig, sources)
+
+
 def _parse(where: str, schema: type, sources: list[Any]) -> Any:
     try:
         return parse(schema, sources)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _check_budget(stage: str, config: TrainStageConfig | MitigationStageConfig) -> None:
-    if config.sampler == "grid":
-        require(config.trials is None, f"{stage}.trials", config.trials, "a grid tries all its points")
-    elif stage == "train" or config.space:
-        require(
-            config.trials is not None and config.trials >= 1,
-            f"{stage}.trials",
-            config.trials,
-            f"say how many trials sampler={config.sampler} makes, e.g. 20",
-        )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -32,7 +33,8 @@ class Carried(InitialState):
     with today's weights, from the state that stood before them, and recomputed in the backward pass. Time
     grows k-fold, memory by the ids and one state a segment.
 
-    A document's first token zeroes its row, wherever it stands.
+    A document's first token zeroes its row, wherever it stands. Passkey prompts have no such token: a row is
+    one prompt after another, and where a curriculum's rows end, those of the next length begin at zero.
     """
 
     def __init__(self, config: TrainConfig, mitigation: AnyMitigation) -> None:
@@ -44,9 +46,10 @@ class Carried(InitialState):
 
     def begin(self, model: Mamba2LM, batch: Batch, rows: Rows) -> ModelState:
         device = batch["ids"].device
-        if rows.part not in self.readers:
-            self.readers[rows.part] = Reader(self.zeros(rows.count, device))
-        reader = self.readers[rows.part]
+        batch.setdefault("document_starts", torch.zeros_like(batch["ids"], dtype=torch.bool))
+        reader = self.readers.get(rows.part)
+        if reader is None or reader.state.batch_size != rows.count:
+            reader = self.readers[rows.part] = Reader(self.zeros(rows.count, device))
         state = reader.state.to(device)
         for segment in reader.past:
             segment = {name: value.to(device) for name, value in segment.items()}

@@ -10,36 +10,71 @@ sweep goes on where it was: finished trials are kept, interrupted ones continued
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Timer
+from typing import Any
 
-from optuna.storages import JournalStorage
 from optuna.study import Study
+from optuna.trial import TrialState
 from rich.console import Console
 
 from conf.load import flatten
-from conf.sweep_schema import Direction, SweepConfig, mitigation_points, train_points
+from conf.objectives import Direction
+from conf.sweep_schema import SweepConfig, mitigation_points
+from conf.sweep_stages import objectives_of
 from lightning_modules.tracking import Tracker
+from sweeps.budget import is_spent
+from sweeps.laws.capacity import STUDY as CAPACITY
+from sweeps.laws.capacity import plan_capacity
 from sweeps.live import Display, duration
 from sweeps.locks import ProcessLock
-from sweeps.report import make_console, write_report
-from sweeps.results import Measured, best_settings, collect, finished, worst_collapse
-from sweeps.studies import (
+from sweeps.plans import (
     Plan,
-    enqueue,
-    load_studies,
-    make_study,
-    open_journal,
-    plan_comparison,
+    plan_given,
     plan_mitigations,
     plan_points,
-    plan_samples,
+    plan_siblings,
+    plan_training,
 )
+from sweeps.reconcile import mend_study, reconcile
+from sweeps.report import make_console, write_report
+from sweeps.results import Measured, best_settings, collect, finished, worst_collapse
+from sweeps.samplers import point_of, powers_of
+from sweeps.store import DatabaseGone, Store
+from sweeps.studies import enqueue, latest, make_study, retry_failed
 from sweeps.study_dir import prepare
 from sweeps.supervise import Stopped, SweepFailed, Workers
 
 BASELINE = {"mitigation.name": "none"}
+BUDGET_OVER = 0  # among received signals, whose numbers begin at 1
+STOPPED_BY_BUDGET = 75  # EX_TEMPFAIL: the same command goes on
+
+Grow = Callable[[Study], Plan]
+
+
+def no_growth(study: Study) -> Plan:
+    """The plan of a stage whose trials are all known when it starts."""
+    return {}
+
+
+def grow_training(config: SweepConfig, study: Study) -> Plan:
+    """Further seeds of the points that a sampler has chosen, and further points while the budget lasts."""
+    stage, plan = config.train, Plan()
+    if stage.checkpoints or stage.sampler == "grid":
+        return plan
+    trials = latest(study)
+    if stage.every_seed:
+        for key, trial in trials.items():
+            if "/" not in key and trial.state != TrialState.WAITING:
+                plan |= plan_siblings(key, point_of(trial), stage.seeds[1:])
+    if stage.budget.is_open_ended and not is_spent(study, config):
+        waiting = sum(trial.state == TrialState.WAITING for trial in trials.values())
+        points = sum("/" not in key for key in trials) + max(0, config.workers - waiting)
+        plan |= plan_training(config, points * (len(stage.seeds) if stage.every_seed else 1))
+    return plan
 
 
 def conduct(config: SweepConfig, command: str) -> int:
@@ -48,15 +83,20 @@ def conduct(config: SweepConfig, command: str) -> int:
     Raises ValueError (one line) where the study directory or the tracking store cannot be used.
     """
     console, began = make_console(), time.monotonic()
-    with _sole_sweep(config) as study_dir, _stop_signals() as signals:
+    with _sole_sweep(config) as study_dir, _stop_signals() as signals, _budget(config, signals):
         sweep = Sweep(config, study_dir, console, signals)
         try:
             sweep.run()
-        except Stopped:
+        except (Stopped, DatabaseGone) as error:
+            if isinstance(error, DatabaseGone) and not signals:
+                console.print(f"error: {error}. To go on:  {command}", soft_wrap=True, highlight=False)
+                return 1
+            over = signals[0] == BUDGET_OVER
+            why = f"Stopped after budget_minutes={config.budget_minutes:g}" if over else "Stopped"
             console.print(
-                f"Stopped; what is finished is kept. To go on:  {command}", soft_wrap=True, highlight=False
+                f"{why}; what is finished is kept. To go on:  {command}", soft_wrap=True, highlight=False
             )
-            return 128 + signals[0]
+            return STOPPED_BY_BUDGET if over else 128 + signals[0]
         except SweepFailed as error:
             write_report(study_dir, console)
             console.print(f"error: {error}. To go on:  {command}", soft_wrap=True, highlight=False)
@@ -69,23 +109,38 @@ class Sweep:
     """The stages of one sweep, on one study directory."""
 
     def __init__(self, config: SweepConfig, study_dir: Path, console: Console, signals: list[int]) -> None:
+        """Creates what is missing of the store, before any worker looks at it."""
         self.config, self.study_dir, self.console = config, study_dir, console
-        self.workers = Workers(study_dir, config, signals, console.print)
-        self.storage: JournalStorage = open_journal(study_dir)
+        self.store = Store(study_dir, config, create=True, stop=lambda: bool(signals))
+        self.store.require_sole_sweep()
+        self.workers = Workers(self.store, signals, console.print)
 
     def run(self) -> None:
+        for line in reconcile(self.store, holds_sweep_lock=True):
+            self._say_repaired(line)
+        if self.config.has_capacity_stage:
+            self._measure_capacity()
+            return
         with self._parent("train") as tracker:
             study = self._train_study(tracker)
-            self._finish("train", [study])
+            self._finish("train", study, partial(grow_training, self.config))
             models = self._models_to_mend(study)
             self._record(tracker, [study], is_last=not models)
         for model in models:
             with self._parent(f"mitigation-{model.number:04d}") as tracker:
                 tried = self._mitigation_study(model, tracker)
-                self._finish(f"mitigation of trial {model.number} ({model.label})", [tried])
+                self._finish(f"mitigation of trial {model.number} ({model.label})", tried)
                 compared = self._comparison(model, tried, tracker)
-                self._finish(f"comparison on fresh prompts, trial {model.number}", [compared])
+                self._finish(f"comparison on fresh prompts, trial {model.number}", compared)
                 self._record(tracker, [tried, compared], is_last=model is models[-1])
+
+    def _measure_capacity(self) -> None:
+        """One stage, whose plan grows from its results: a search for thresholds (sweeps/laws)."""
+        objectives = objectives_of(self.config.train)
+        with self._parent(CAPACITY) as tracker:
+            study = self._study(CAPACITY, {}, objectives, stage="train", mlflow_run_id=tracker.run_id)
+            self._finish("capacity", study, lambda study: plan_capacity(self.config, self.study_dir, study))
+            self._record(tracker, [study], is_last=True)
 
     def _models_to_mend(self, study: Study) -> list[Measured]:
         if not self.config.has_mitigation_stage:
@@ -93,55 +148,66 @@ class Sweep:
         return worst_collapse(finished(self.study_dir, study), self.config)
 
     def failures(self) -> int:
-        return len(collect(self.study_dir, self.config, load_studies(self.study_dir, self.storage)).failed)
+        return len(collect(self.study_dir, self.config, self.store.load_studies()).failed)
 
     def _train_study(self, tracker: Tracker) -> Study:
         stage = self.config.train
-        seeds = stage.seeds
         if stage.checkpoints:
             paths = [str(Path(path).resolve()) for path in stage.checkpoints]
-            plan = plan_comparison([{"checkpoint": path} for path in paths])
-        elif stage.sampler == "grid":
-            plan = plan_points(train_points(self.config), seeds)
+            plan = plan_given([{"checkpoint": path} for path in paths], [None])
         else:
-            plan = plan_samples(stage.trials or 0, seeds)
-        return self._study("train", plan, stage.direction, stage="train", mlflow_run_id=tracker.run_id)
+            plan = plan_training(self.config, stage.budget.trials or 0)
+        return self._study("train", plan, objectives_of(stage), stage="train", mlflow_run_id=tracker.run_id)
 
     def _mitigation_study(self, model: Measured, tracker: Tracker) -> Study:
         stage = self.config.mitigation
         if stage.sampler == "grid":
             plan = plan_points(mitigation_points(self.config), [None])
         else:
-            plan = plan_mitigations(stage.space, stage.trials or 0)
-        plan = plan_comparison([BASELINE]) | plan
+            plan = plan_mitigations(stage.space, stage.budget.trials or 0)
+        plan = plan_given([BASELINE], [None]) | plan
         return self._evaluations("mitigation", model, plan, tracker)
 
     def _comparison(self, model: Measured, tried: Study, tracker: Tracker) -> Study:
         best = best_settings(finished(self.study_dir, tried), self.config)
-        plan = plan_comparison([BASELINE, *(measured.point for measured in best)])
+        plan = plan_given([BASELINE, *(measured.point for measured in best)], [None])
         return self._evaluations("confirm", model, plan, tracker)
 
     def _evaluations(self, stage: str, model: Measured, plan: Plan, tracker: Tracker) -> Study:
         return self._study(
             f"{stage}-{model.number:04d}",
             plan,
-            self.config.mitigation.direction,
+            objectives_of(self.config.mitigation),
             stage=stage,
             model=model.point.get("checkpoint", f"train/trial-{model.number:04d}"),
             mlflow_run_id=tracker.run_id,
         )
 
-    def _study(self, name: str, plan: Plan, direction: Direction, **attributes: str | None) -> Study:
-        study = make_study(self.storage, name, direction, **attributes)
-        again = enqueue(study, plan)
+    def _study(self, name: str, plan: Plan, directions: dict[str, Direction], **attributes: Any) -> Study:
+        study = make_study(self.store, name, directions, **attributes)
+        powers = powers_of(self.config, "train" if attributes["stage"] == "train" else "mitigation")
+        if study.user_attrs.get("powers") != powers:
+            study.set_user_attr("powers", powers)
+        enqueue(study, plan)
+        for line in mend_study(self.store, study):
+            self._say_repaired(line)
+        again = retry_failed(study)
         if again:
             self.console.print(f"{name}: {again} failed trials are tried again")
         return study
 
-    def _finish(self, title: str, studies: list[Study]) -> None:
-        """Run the stage's trials to their ends."""
-        with Display(self.console, self.study_dir, self.config, title, studies) as display:
-            self.workers.run(studies, display.update)
+    def _finish(self, title: str, study: Study, grow: Grow = no_growth) -> None:
+        """Run the stage's trials to their ends, and those that `grow` adds.
+
+        `grow(study)` is asked at the start and whenever a trial has ended: it reads what has finished and
+        returns a plan; what of it the study lacks is queued. The stage is over when no trial is open and
+        `grow` adds none. A sweep that was killed goes on alike if the plan depends on the results alone.
+        """
+        with Display(self.console, self.store, title, [study]) as display:
+            self.workers.run([study], display.update, grow=lambda: enqueue(study, grow(study)))
+
+    def _say_repaired(self, line: str) -> None:
+        self.console.print(f"repaired: {line}", soft_wrap=True, highlight=False)
 
     def _parent(self, name: str) -> Tracker:
         """The MLflow run above a stage's trials: found again by every later start."""
@@ -157,9 +223,8 @@ class Sweep:
         """The stage's values, the report so far and its figures, into the parent run; the last is printed."""
         for study in studies:
             for measured in finished(self.study_dir, study):
-                tracker.log_metrics(
-                    {f"{study.user_attrs['stage']}/value": measured.value}, step=measured.number
-                )
+                metrics = {f"{study.user_attrs['stage']}/value": measured.value}
+                tracker.log_metrics(metrics, step=measured.number)
         for path in write_report(self.study_dir, self.console if is_last else Console(quiet=True)):
             tracker.log_artifact(path, "figures" if path.suffix == ".png" else None)
 
@@ -181,6 +246,20 @@ def _sole_sweep(config: SweepConfig) -> Iterator[Path]:
         yield prepare(config)
     finally:
         lock.release()
+
+
+@contextmanager
+def _budget(config: SweepConfig, signals: list[int]) -> Iterator[None]:
+    """Asks for the end after budget_minutes, as a signal would."""
+    minutes = config.budget_minutes
+    timer = Timer(60 * (minutes or 0), signals.append, [BUDGET_OVER])
+    timer.daemon = True
+    if minutes is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

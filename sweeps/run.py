@@ -1,10 +1,12 @@
 """python -m sweeps.run conf/sweep/NAME.yaml [key=value ...]
 
-Run a sweep to its end: train models over a space, try mitigations on those that collapse worst, report. Safe
+Run a sweep to its end: train models over a space, try mitigations on those that collapse worst, report; or,
+with capacity.series, search how long a training length each state size needs and fit laws to it. Safe
 to interrupt (Ctrl-C) and to start again with the same command, which goes on. Everything is left in study_dir
 (runs/<name>) and in MLflow.
 
-Ends with 0, with 1 when trials have failed, with 2 for a config that does not hold.
+Ends with 0, with 1 when trials have failed, with 2 for a config that does not hold, with 75 when
+budget_minutes= are over and the same command goes on.
 """
 
 import shlex

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from optuna.study import Study
 
-from conf.sweep_schema import SweepConfig
-from sweeps.studies import is_open, to_take
+from sweeps.budget import is_open
+from sweeps.claims import to_take
+from sweeps.steps import STOP_GRACE_SECONDS, last_words
+from sweeps.store import Store
 from sweeps.tether import tethered
-from sweeps.trial import STOP_GRACE_SECONDS, last_words
 from sweeps.worker import STOPPED, TOO_MANY_FAILURES
 
 
@@ -30,22 +31,32 @@ class Workers:
     They die with this process (SIGTERM, so that trials save first), and trials die with them.
     """
 
-    def __init__(
-        self, study_dir: Path, config: SweepConfig, signals: list[int], say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, store: Store, signals: list[int], say: Callable[[str], None]) -> None:
         """signals: fills with what this process receives; one asks for the end, a second hurries it."""
-        self.study_dir, self.config, self.signals, self.say = study_dir, config, signals, say
+        self.store, self.signals, self.say = store, signals, say
+        self.study_dir, self.config = store.study_dir, store.config
         self.since = time.time()
         self.crashes = 0
         self._slots: dict[int, subprocess.Popen] = {}
 
-    def run(self, studies: list[Study], watch: Callable[[], None]) -> None:
+    def run(self, studies: list[Study], watch: Callable[[], None], grow: Callable[[], int]) -> None:
         """Keep workers at it until every trial of the studies has ended, calling `watch` twice a second.
 
+        `grow` may queue further trials and returns how many: it is called first and whenever one has begun
+        or ended.
         Raises Stopped after a signal, SweepFailed after too many failed trials or crashed workers.
         """
+        seen: object = None  # states of the trials when `grow` was last called
         try:
-            while any(is_open(study) for study in studies):
+            while True:
+                # In this order: where none was open, all that have ended are seen.
+                is_over = not any(is_open(study, self.config) for study in studies)
+                states = [_states(study) for study in studies]
+                if states != seen:
+                    seen = states
+                    is_over = not grow() and is_over
+                if is_over:
+                    break
                 if self.signals:
                     self.say("Stopping: running trials save what they have (Ctrl-C again to kill them) ...")
                     raise Stopped
@@ -93,7 +104,7 @@ class Workers:
         if len(self._slots) >= self.config.workers:
             return
         free = [index for index in range(self.config.workers) if index not in self._slots]
-        for index in free[: to_take(self.study_dir, studies)]:
+        for index in free[: to_take(self.store, studies)]:
             self._slots[index] = self._start(index)
 
     def _start(self, index: int) -> subprocess.Popen:
@@ -109,3 +120,7 @@ class Workers:
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C reaches this process alone, which stops them
             )
+
+
+def _states(study: Study) -> list[int]:
+    return [trial.state.value for trial in study.get_trials(deepcopy=False)]

@@ -65,7 +65,13 @@ def print_summary(
     console = Console(highlight=False, soft_wrap=True)
     if evaluation["passkey"] is not None:
         console.print(_rich_table(evaluation))
-    console.print(evaluation["conclusion"]["summary"])
+    if evaluation["conclusion"]["summary"]:
+        console.print(evaluation["conclusion"]["summary"])
+    if "states/retention_max" in numbers:
+        growth, kept = numbers.get("states/rms_growth_max", float("nan")), numbers["states/retention_max"]
+        length = evaluation["states"]["length"]
+        console.print(f"States to {length:,} tokens: RMS grows up to {growth:.2f} times beyond training.")
+        console.print(f"Of the first token heads keep up to {kept:.3f} over one training length.")
     speed, peak = numbers["speed/tokens_per_second"], numbers["memory/peak_mib"]
     console.print(f"{speed:,.0f} tokens/s, peak memory {peak:,.0f} MiB")
     for path in (run_dir / "evaluation.json", *figures):

@@ -17,6 +17,7 @@ from lightning_modules.calibration.settle import settle_calibration
 from lightning_modules.checkpoints import load_config, load_model
 from lightning_modules.evaluation.conclusion import conclude, exact_by_length, metrics
 from lightning_modules.evaluation.report import accuracy_table, draw_figures, print_summary
+from lightning_modules.evaluation.states import StatesSuite, plan_states, state_metrics
 from lightning_modules.evaluation.streaming import Reader
 from lightning_modules.evaluation.suites import LossSuite, PasskeySuite, plan_loss, plan_passkey
 from lightning_modules.figures import save
@@ -64,7 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     measured = measure(config, Subject.load(config))
     run_dir, result = measured.run_dir, measured.result
     if measured.fresh:
-        figures = sorted((run_dir / "figures").iterdir())
+        figures = sorted((run_dir / "figures").glob("*.png"))
         print_summary(measured.evaluation, result["metrics"], run_dir, figures)
     else:
         print(f"{run_dir}: holds this evaluation already")
@@ -98,7 +99,7 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
         return build_mitigation(config.mitigation, trained.model, length=length)
 
     rule(trained.data.train_length)  # refused, if at all, before anything is made
-    passkey_suite, loss_suite = _plan(config, trained)
+    passkey_suite, loss_suite, states_suite = suites = _plan(config, trained)
     run_dir = open_measuring_dir(config, "evaluate")
     own_identity = identity(config)
     result = read_result(run_dir)
@@ -115,11 +116,15 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
         params=params(config, trained),
         tags=_tags(config),
     ) as tracker:
-        total = sum(suite.tokens for suite in (passkey_suite, loss_suite) if suite is not None)
+        total = sum(suite.tokens for suite in suites if suite is not None)
         with show_progress(doing, total) as on_tokens:
             reader = Reader(model, rule(trained.data.train_length), config.segment, on_tokens)
             passkey = passkey_suite.run(reader, rule) if passkey_suite is not None else None
             loss = loss_suite.run(reader, rule) if loss_suite is not None else None
+            states = None
+            if states_suite is not None:
+                reader.mitigation = rule(states_suite.length)
+                states = states_suite.run(reader)
         _warn_of_non_finite(config, passkey, loss)
 
         train_length = trained.data.train_length
@@ -132,15 +137,22 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
             "mitigation": to_dict(config.mitigation),
             "passkey": passkey,
             "loss": loss,
+            "states": states,
             "conclusion": conclusion,
         }
         write_output(run_dir / "evaluation.json", to_json(evaluation))
         figures = [save(figure, run_dir / "figures" / name) for name, figure in draw_figures(evaluation)]
-        numbers = metrics(train_length, passkey, conclusion) | {
-            "speed/tokens_per_second": reader.tokens_per_second,
-            "memory/peak_mib": peak_memory_mib(device),
-            "memory/state_mib_per_sequence": _state_mib(model, rule(max(_lengths(passkey, loss)))),
-        }
+        numbers = (
+            metrics(train_length, passkey, conclusion)
+            | state_metrics(states)
+            | {
+                "speed/tokens_per_second": reader.tokens_per_second,
+                "memory/peak_mib": peak_memory_mib(device),
+                "memory/state_mib_per_sequence": _state_mib(
+                    model, rule(max(_lengths(passkey, loss, states)))
+                ),
+            }
+        )
         _record(tracker, numbers, evaluation, figures)
         result = {
             "status": "completed",
@@ -155,9 +167,11 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
     return Measured(run_dir, result, fresh=True)
 
 
-def _lengths(passkey: dict[str, Any] | None, loss: dict[str, Any] | None) -> list[int]:
+def _lengths(
+    passkey: dict[str, Any] | None, loss: dict[str, Any] | None, states: dict[str, Any] | None
+) -> list[int]:
     """Of everything that was read."""
-    read = [] if loss is None else [loss["length"]]
+    read = [suite["length"] for suite in (loss, states) if suite is not None]
     return read + ([] if passkey is None else [row["length"] for row in passkey["recent"]])
 
 
@@ -166,12 +180,15 @@ def _state_mib(model: Mamba2LM, mitigation: LayerMitigations) -> float:
     return ModelState.zeros(model.config, 1, "meta", model.lm_head.weight.dtype, mitigation).nbytes / 2**20
 
 
-def _plan(config: EvaluateConfig, trained: TrainConfig) -> tuple[PasskeySuite | None, LossSuite | None]:
+def _plan(
+    config: EvaluateConfig, trained: TrainConfig
+) -> tuple[PasskeySuite | None, LossSuite | None, StatesSuite | None]:
     """Everything that will be read, laid out before the run is opened: a mistake leaves nothing behind."""
     tokenizer = tokenizer_of(config, trained)
     return (
         plan_passkey(config, trained.data, tokenizer) if "passkey" in config.suites else None,
         plan_loss(config, trained.data, tokenizer) if "loss" in config.suites else None,
+        plan_states(config, trained.data, tokenizer) if "states" in config.suites else None,
     )
 
 

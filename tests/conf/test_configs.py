@@ -71,7 +71,6 @@ MISTAKES = {
     "initial_state.std=0.1": ["initial_state.std=0.1", "initial_state.name=noise"],
     "initial_state.name=noise": ["initial_state.std=None", "noise needs it"],
     "initial_state={name: noise, std: 0}": ["initial_state.std=0", "positive"],
-    "initial_state.name=carried": ["initial_state.name=carried", "passkey prompts do not continue"],
     "data.curriculum_steps=5": ["data.curriculum_steps=5", "data.curriculum_length"],
     "data.curriculum_length=100": ["data.curriculum_length=100", "divide"],
     "--seed=1": ["--seed=1", "without dashes"],

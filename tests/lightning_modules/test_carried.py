@@ -144,3 +144,29 @@ def test_convolution_and_count_are_carried_too(text: Batch) -> None:
         torch.testing.assert_close(carried, tensor)
     (segment,) = saved["past"]
     assert torch.equal(segment["ids"], piece(text, STEPS - 1, STEPS)["ids"])
+
+
+def test_passkey_rows_go_on_from_prompt_to_prompt_and_begin_anew_behind_a_curriculum():
+    """No batch of prompts marks document starts: two of them read as one text of twice the length."""
+    data = DataConfig(train_length=2 * 128, curriculum_length=128, curriculum_steps=2, batch_size=2)
+    config = TrainConfig(model=MODEL, data=data, initial_state=InitialStateConfig(name="carried"))
+    module = LanguageModel(config)
+    module.configure_model()
+    model, carried, rule = module.model, module.initial_state, module.mitigation
+    ids = torch.randint(256, (4, 3, 128))
+    with torch.no_grad():
+        for step in range(3):
+            batch, rows = {"ids": ids[:, step]}, Rows(step, 0, 0, 4)
+            state = carried.begin(model, batch, rows)
+            assert state is not None
+            starts = batch["document_starts"]
+            _, final = model.hidden(batch["ids"], state, document_starts=starts, mitigation=rule)
+            carried.end(batch, rows, final)
+        _, whole = model.hidden(ids.flatten(1), mitigation=rule)
+        for got, expected in zip(final.tensors(), whole.tensors(), strict=True):
+            torch.testing.assert_close(got, expected)
+        longer = {"ids": torch.randint(256, (2, 256))}
+        first = carried.begin(model, longer, Rows(3, 0, 0, 2))
+    assert first is not None
+    assert first.batch_size == 2
+    assert not any(tensor.any() for tensor in first.tensors())

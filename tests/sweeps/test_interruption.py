@@ -1,6 +1,9 @@
 """A sweep killed at any level goes on with the same command: nothing lost, nothing twice, no orphan."""
 
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import optuna
@@ -10,6 +13,7 @@ from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
 from sweeps.studies import load_studies
+from tests.sweeps.conftest import ROOT
 
 
 def states(study_dir: Path, name: str = "train") -> list[TrialState]:
@@ -80,10 +84,42 @@ def test_killed_sweep_leaves_no_orphan_and_the_same_command_goes_on(sweep):
     process.communicate()
     sweep.wait_until_gone("sweeps.worker")
     sweep.wait_until_gone("lightning_modules.train")
-    assert states(sweep.study_dir).count(TrialState.RUNNING) == 2
+    assert states(sweep.study_dir) == [TrialState.WAITING] * 3  # its workers were told, and put them back
     sweep.run()
     assert_complete(sweep.study_dir)
     assert starts(sweep.study_dir) == [1, 2, 2]
+
+
+def test_everything_killed_at_once_is_reconciled_and_goes_on(sweep):
+    """No process is left to put anything back: what remains is repaired, once, and continued."""
+    process = sweep.start(*TRACKED, step_seconds=0.3)
+    sweep.wait_until_training(trials=2)
+    doomed = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in doomed:
+        one.suspend()  # nobody learns of another's death
+    for one in doomed:
+        one.kill()
+    process.communicate()
+    sweep.wait_until_gone("lightning_modules.train")
+    assert states(sweep.study_dir).count(TrialState.RUNNING) == 2
+    command = [sys.executable, "-m", "sweeps.reconcile", f"study={sweep.study_dir}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    printed = [
+        subprocess.run(command, cwd=sweep.folder, env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    lines = printed[0].stdout.splitlines()
+    assert [line for line in lines if "its worker is gone; it waits" in line] == lines[:2]
+    assert "(tiny/train): was RUNNING; set to KILLED" in lines[2]
+    assert lines[3:] == ["3 repaired."]
+    assert printed[1].stdout == "Nothing to repair.\n"
+    assert states(sweep.study_dir) == [TrialState.WAITING] * 3
+    sweep.run(*TRACKED)
+    assert_complete(sweep.study_dir)
+    assert starts(sweep.study_dir) == [1, 2, 2]
+    assert stage_status(sweep) == "FINISHED"
+    holders = [len(trial.user_attrs["holders"]) for trial in study_of(sweep.study_dir).get_trials()]
+    assert sorted(holders) == [1, 2, 2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -97,7 +133,7 @@ def test_interrupted_sweep_stops_its_processes_and_says_how_to_go_on(sweep, numb
     assert "Traceback" not in output
     sweep.wait_until_gone("sweeps.worker", seconds=1)
     sweep.wait_until_gone("lightning_modules.train", seconds=1)
-    assert states(sweep.study_dir) == [TrialState.RUNNING, TrialState.RUNNING, TrialState.WAITING]
+    assert states(sweep.study_dir) == [TrialState.WAITING] * 3  # two of them to be continued
     assert stage_status(sweep) == "KILLED"
 
 
@@ -138,9 +174,9 @@ def test_second_sweep_on_one_study_is_refused_and_so_is_another_config(sweep):
 @pytest.mark.slow
 def test_random_sampling_spends_its_budget_exactly_and_can_be_extended(sweep):
     options = ["train.space.optim={lr: {low: 1.0e-4, high: 1.0e-2, log: true}}", "train.sampler=random"]
-    sweep.run("train.trials=2", "workers=3", *options)
+    sweep.run("train.budget.trials=2", "workers=3", *options)
     assert states(sweep.study_dir) == [TrialState.COMPLETE] * 2
-    sweep.run("train.trials=4", "workers=2", *options)
+    sweep.run("train.budget.trials=4", "workers=2", *options)
     trials = study_of(sweep.study_dir).get_trials()
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 4
     assert len({trial.params["optim.lr"] for trial in trials}) == 4

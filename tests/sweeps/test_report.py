@@ -1,6 +1,7 @@
 """What the report says: three words kept apart, a price for each mitigation, the truth when none helps."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,41 @@ def test_failed_and_unfinished_trials_are_named(config):
     assert "2 trials are left" in output
 
 
+def test_pareto_front_and_broken_bounds_are_shown(config):
+    config.train.objectives = {"val/loss": "minimize", "val/exact": "maximize"}
+
+    def model(number, loss, exact, broken=()):
+        one = measured({"model.d_state": number}, [1.0, 0.9, 0.8, 0.7], number=number, value=loss)
+        return replace(one, values={"val/loss": loss, "val/exact": exact}, broken=list(broken))
+
+    broken = model(4, 0.1, 1.0, ["peak_memory_mib <= 10"])
+    models = [model(1, 1.0, 0.5), model(2, 2.0, 0.9), model(3, 2.5, 0.8), broken, model(5, 1.0, 0.5)]
+    found = results(config, models)
+    assert [one.number for one in found.pareto] == [1, 5, 2], "equals stand side by side, 3 is beaten by 2"
+    output = text(found)
+    assert "Pareto front: of these, no model is beaten in all objectives" in output
+    assert "front" in row_of(output, "d_state 2")
+    assert "breaks peak_memory_mib <= 10" in row_of(output, "d_state 4")
+    rows = {row["model.d_state"]: row for row in table_rows(found)}
+    assert [rows[n]["pareto"] for n in (1, 2, 3, 4, 5)] == [True, True, False, False, True]
+    assert rows[4]["broken"] == "peak_memory_mib <= 10"
+
+
+def test_a_setting_that_breaks_a_bound_is_not_the_best(config):
+    tried = [measured(NONE, [1.0, 0.9, 0.1, 0.1]), measured(FORGET, [1.0, 0.9, 0.5, 0.5])]
+    better = measured({**FORGET, "mitigation.alpha_scale": 0.99}, [1.0, 0.9, 0.9, 0.9])
+    (best,) = best_settings([*tried, replace(better, broken=["loss/in_length <= 1"])], config)
+    assert best.point["mitigation.alpha_scale"] == 0.999
+
+
+def test_pruned_and_unspent_trials_are_told_apart_from_unfinished_ones(config):
+    found = replace(results(config, unfinished=3), pruned=2, unspent=2)
+    output = text(found)
+    assert "Pruned: 2 training trials ended early (train.pruner)." in output
+    assert "Budget spent: 2 trials were not begun; a larger budget goes on." in output
+    assert "Not finished: 1 trials are left" in output
+
+
 def test_figures_are_drawn_for_what_was_measured(config, tmp_path):
     models = [
         measured({"model.d_state": 64}, [0.98, 0.5, 0.2, 0.1], number=0, recall=[0.9, 0.3]),
@@ -198,6 +234,7 @@ def test_labels_and_the_line_that_opens_the_records():
     assert describe(FORGET) == "forget_more alpha_scale 0.999"
     assert describe(SCALE) == "delta_scale 0.9"
     assert describe(NONE) == "none"
+    assert describe({"initial_state.name": "zero", "model.d_state": 4}) == "initial_state zero, d_state 4"
     for seed in (0, 1):  # 1 is what a factor is left out at
         assert describe(FORGET, seed) == f"forget_more alpha_scale 0.999, seed {seed}"
         assert describe(SCALE, seed) == f"delta_scale 0.9, seed {seed}"

@@ -71,6 +71,7 @@ def test_real_sweep_survives_a_kill_and_doubles_nothing(command, tmp_path):
     (stage,) = [run for run in runs.values() if run.info.run_name == "smoke/mitigation-0000"]
     assert {file.path for file in client.list_artifacts(stage.info.run_id)} >= {
         "report.txt",
+        "report.html",
         "results.csv",
         "figures",
     }

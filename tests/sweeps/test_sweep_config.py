@@ -1,5 +1,6 @@
 """A sweep's config is checked whole, by name, before anything heavy is imported."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from conf.sweep_schema import (
     mitigation_points,
     train_base,
     train_points,
+    train_space,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +48,15 @@ def test_every_shipped_sweep_holds(path, monkeypatch):
     config = parse(SweepConfig, [str(path)])
     check(config)
     assert config.name == path.stem
+
+
+def test_sweep_file_of_the_docs_holds(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "sweeps.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "sweep.yaml").write_text(text)
+    config = parse(SweepConfig, [str(tmp_path / "sweep.yaml")])
+    check(config)
+    assert list(train_space(config)["initial_state.std"].when) == ["initial_state.name"]
 
 
 def test_points_are_the_whole_grid_without_the_identity(arguments):
@@ -98,13 +109,19 @@ def test_each_stage_evaluates_on_prompts_of_its_own(arguments):
         ("train.space.model.headdim=[32,48]", "model.headdim=48: must divide expand * d_model = 256"),
         ("train.space.model.d_state=[16,16]", "train.space.model.d_state=[16, 16]: each value once"),
         ("train.space.model.d_state=[]", "train.space.model.d_state=[]: give at least one value"),
-        ("train.space.model.d_state=8", "write a list of values or {low: ..., high: ..., log: true}"),
-        ("train.space.model={d_state: {low: 1, high: 9}}", "a grid needs a list; a range needs sampler=tpe"),
+        (
+            "train.space.model.d_state=8",
+            "train.space.model.d_state=8: write a list of values or {low: ..., high: ..., log: true}",
+        ),
+        (
+            "train.space.model={d_state: {low: 1, high: 9}}",
+            "a grid needs a list; a range needs sampler=tpe, gp, qmc or random",
+        ),
         ("train.space.model={d_state: {low: 9, high: 1}}", "needs low < high"),
         ("train.space.seed=[1,2]", "list seeds under train.seeds"),
         ("train.seeds=[1,1]", "train.seeds=[1, 1]: give at least one seed, each once"),
-        ("train.sampler=tpe", "train.trials=None: say how many trials sampler=tpe makes"),
-        ("train.trials=3", "train.trials=3: a grid tries all its points"),
+        ("train.sampler=tpe", "train.budget.trials=None: say how many trials sampler=tpe makes"),
+        ("train.budget.trials=3", "train.budget.trials=3: a grid tries all its points"),
         ("train.base=nowhere.yaml", "train.base: nowhere.yaml: no such config file"),
         ("train.overrides.optim.lrr=1", "Key 'lrr' not in 'OptimConfig'. Did you mean: 'lr'?"),
         ("evaluate.passkey.promts=1", "Key 'promts' not in 'PasskeyEvalConfig'. Did you mean: 'prompts'?"),
@@ -127,7 +144,7 @@ def test_mistake_is_refused_by_name(arguments, override, message):
 
 
 def test_ranges_pass_with_a_sampler_and_are_checked_at_their_ends(arguments):
-    options = [*arguments, "train.sampler=tpe", "train.trials=4"]
+    options = [*arguments, "train.sampler=tpe", "train.budget.trials=4"]
     check(parse(SweepConfig, [*options, "train.space.optim={lr: {low: 1.0e-4, high: 1, log: true}}"]))
     with pytest.raises(ValueError, match=r"optim\.decay_fraction=2\.0: must lie in \[0, 1\]"):
         check(parse(SweepConfig, [*options, "train.space.optim={decay_fraction: {low: 0.0, high: 2.0}}"]))
@@ -149,7 +166,7 @@ assert not {"torch", "optuna", "mlflow", "matplotlib", "lightning"} & set(sys.mo
     assert done.stderr == "error: train.space: model.d_stat is no setting; did you mean model.d_state?\n"
 
 
-@pytest.mark.parametrize("module", ["sweeps.worker", "sweeps.report"])
+@pytest.mark.parametrize("module", ["sweeps.worker", "sweeps.report", "sweeps.reconcile"])
 def test_other_commands_name_a_wrong_study_directory(module, tmp_path):
     command = [sys.executable, "-m", module, f"study={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

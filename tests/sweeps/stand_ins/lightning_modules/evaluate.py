@@ -1,5 +1,8 @@
 """Stands in for evaluation, a law in place of a model: larger states collapse earlier, forget_more mends it
-at a price in length, delta_scale destroys. FAIL_EVALUATE: it fails."""
+at a price in length, delta_scale destroys. FAIL_EVALUATE: it fails.
+
+COLLAPSE_BELOW: models trained below so many tokens a d_state lose recent needles, and no others do.
+UNSOLVED_SEED: models of this seed have not learned their task."""
 
 import json
 import math
@@ -21,6 +24,11 @@ assert (Path(config.checkpoint) / "result.json").exists()
 
 
 def exact(length: int, depth_loss: float = 0.0) -> float:
+    if "COLLAPSE_BELOW" in os.environ:
+        if os.environ.get("UNSOLVED_SEED") == str(trained.seed):
+            return 0.3
+        holds = train_length >= int(os.environ["COLLAPSE_BELOW"]) * trained.model.d_state
+        return 1.0 if length == train_length or (holds and not depth_loss) else 0.2
     octaves = math.log2(length / train_length)
     mitigation = config.mitigation
     slope = 0.002 * trained.model.d_state * (0.2 if mitigation.alpha_scale < 1 else 1.0)

@@ -1,0 +1,1 @@
+"""Laws of capacity: the search for thresholds, fits to what it found, and their report."""
