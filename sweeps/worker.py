@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sweeps.claims import Claim
 
 TOO_MANY_FAILURES = 3
+BUSY_SECONDS = 5.0
 STOPPED = 128 + signal.SIGTERM
 
 
@@ -93,7 +94,7 @@ def run_one(taken: "Claim", stopping: list[int]) -> None:
     except Busy as error:
         claims.put_back(taken)
         print(f"{taken.name}: {error}; it waits again", flush=True)
-        time.sleep(2.0)
+        time.sleep(BUSY_SECONDS)
     except claims.LostTrial as error:
         print(str(error), flush=True)
     finally:
