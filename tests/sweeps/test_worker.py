@@ -3,6 +3,7 @@
 import threading
 import time
 
+import pytest
 from optuna.trial import TrialState
 
 from conf.load import parse, to_yaml
@@ -11,6 +12,7 @@ from conf.sweep_schema import SweepConfig, WorkerConfig
 from lightning_modules.run_dir import open_run_dir
 from sweeps.claims import claim
 from sweeps.plans import plan_given
+from sweeps.steps import Interrupted, Steps
 from sweeps.store import Store
 from sweeps.studies import enqueue, make_study
 from sweeps.worker import run_one, work
@@ -63,3 +65,18 @@ def test_waiting_worker_takes_what_a_later_stage_queues(tmp_path):
         time.sleep(0.05)
     stopping.append(15)
     worker.join()
+
+
+def test_a_trial_that_heard_of_the_end_first_waits_and_one_asked_by_hand_goes_on(tmp_path, monkeypatch):
+    statuses, stops = iter([143, 143, 0]), iter([False, True, True])
+    monkeypatch.setattr(Steps, "_spawn", lambda *_: next(statuses))
+    (tmp_path / "log.txt").touch()
+    told = Steps(threads=1, stop=lambda: next(stops), watch=lambda: None)
+    with pytest.raises(Interrupted):
+        told.run("train", tmp_path, WorkerConfig(study="x"), [], {})
+    by_hand = Steps(threads=1, stop=lambda: False, watch=lambda: None)
+    monkeypatch.setattr("sweeps.steps.ended", lambda _: None if next(ends) else {"status": "completed"})
+    ends = iter([True, False])
+    statuses = iter([143, 0])
+    assert by_hand.run("train", tmp_path, WorkerConfig(study="x"), [], {})["status"] == "completed"
+    assert next(statuses, None) is None, "it was started again"
