@@ -5,22 +5,24 @@ import socket
 import time
 from typing import Any
 
-JOBS_TAG = "slurm_jobs"
+JOBS_TAG = "slurm_chain"
 
 
 def job_name() -> str | None:
-    """`4711`, `4711[4700_3]` for an element of an array, `4711.r2` after the second requeue; None outside."""
+    """`4711`, `4711:2` after the second requeue, `4700_3` for an element of an array; None outside SLURM."""
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         return None
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    if os.environ.get("SLURM_ARRAY_TASK_ID"):
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    return job + (f"[{array}_{task}]" if array else "") + (f".r{restarts}" if restarts else "")
+    return job + (f":{restarts}" if restarts else "")
 
 
 def holder() -> dict[str, Any]:
-    """This process, for the record: job, host, process id, time."""
-    return {"job": job_name(), "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+    """This process, for the record: job (and its own id, which an array element has too), host, pid, time."""
+    process = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+    return {"job": job_name(), "slurm_job_id": os.environ.get("SLURM_JOB_ID"), **process}
 
 
 def chain(before: str, job: str | None) -> str:

@@ -9,7 +9,7 @@ the latest by starting the same command again. Each (key, step) reaches MLflow o
         tracker.log_figure(figure, "recall.png")
         tracker.log_table({"length": [256, 512], "exact": [1.0, 0.5]}, "recall.json")
 
-leaves the run FINISHED, KILLED (SIGTERM, Ctrl-C) or FAILED (any other exception). Its tag slurm_jobs lists
+leaves the run FINISHED, KILLED (SIGTERM, Ctrl-C) or FAILED (any other exception). Its tag slurm_chain lists
 every cluster job that the run has passed through.
 """
 

@@ -2,7 +2,7 @@
 
 Optuna trial    attributes run_dir, mlflow_run_id, holders (job, host, process of every worker it had)
 run directory   trial.json: the trial, its plan and point, its MLflow run, its holders, what it continues
-MLflow run      tags sweep, stage, trial, trial_number, run_dir, slurm_jobs, checkpoint or continues
+MLflow run      tags sweep, stage, trial, trial_number, run_dir, slurm_chain, checkpoint or continues
 checkpoint      its config, which holds the tags above; step; mlflow_run_id
 """
 
@@ -35,7 +35,7 @@ def identity_of(study: Study, trial: Any, sweep: str, further: dict[str, Any]) -
         "point": point_of(trial),
         "parameters": trial.params,
         "holders": attributes.get("holders", []),
-        "slurm_jobs": jobs_of(attributes.get("holders", [])),
+        "slurm_chain": jobs_of(attributes.get("holders", [])),
         **further,
     }
 
@@ -43,7 +43,7 @@ def identity_of(study: Study, trial: Any, sweep: str, further: dict[str, Any]) -
 def tags_of(identity: dict[str, Any]) -> dict[str, str]:
     """The same, as tags of the trial's MLflow runs."""
     names = ("sweep", "stage", "trial")
-    jobs = {"slurm_jobs": identity["slurm_jobs"]} if identity["slurm_jobs"] else {}
+    jobs = {"slurm_chain": identity["slurm_chain"]} if identity["slurm_chain"] else {}
     return {name: identity[name] for name in names} | {"trial_number": str(identity["number"])} | jobs
 
 

@@ -18,7 +18,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from conf.load import parse
 from conf.schema import TrainConfig
-from conf.sweep_schema import SweepConfig, train_space
+from conf.search_space import unfold
+from conf.sweep_schema import SweepConfig
 from lightning_modules.run_dir import read_result
 from lightning_modules.schedule import stable_steps
 from sweeps.budget import has_begun
@@ -40,7 +41,7 @@ class Shared:
 
 def has_lengths(config: SweepConfig) -> bool:
     """Whether training trials may differ in length at all."""
-    return STEPS in train_space(config)
+    return STEPS in unfold(config.train.space)
 
 
 def deferred(

@@ -16,6 +16,7 @@ from lightning_modules.run_dir import read_result, write_text
 from sweeps.tether import tethered
 
 STOP_GRACE_SECONDS = 30.0
+ASKED_TO_END = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
 BUSY = "is writing it: wait"  # how lightning_modules.run_dir refuses a second writer
 
 
@@ -56,7 +57,8 @@ class Steps:
     ) -> dict[str, Any]:
         """Run `lightning_modules.<command>` on the run directory unless it is done; returns its result.
 
-        A process killed from outside (out of memory, by hand) is continued once, from its checkpoint.
+        A process killed, or asked to end, from outside (out of memory, by hand) is continued once, from its
+        checkpoint.
         """
         done = ended(run_dir)
         if done:
@@ -68,16 +70,25 @@ class Steps:
         line = [sys.executable, "-m", f"lightning_modules.{command}", config_file, f"run_dir={run_dir}"]
         log = run_dir / "log.txt"
         status = self._spawn([*line, *overrides], log, environment)
-        if status < 0:
+        if status < 0 or status in ASKED_TO_END:
+            self._await_stop()
             status = self._spawn([*line, *overrides], log, environment)
         result = ended(run_dir)
         if result is None:
+            if self.stop():
+                raise Interrupted
             how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
             said = last_words(log)
             if BUSY in said:
                 raise Busy(said)
             raise TrialFailed(f"{command}: {how}: {said}")
         return result
+
+    def _await_stop(self) -> None:
+        """A batch system tells worker and trial alike: the trial may have heard of it first."""
+        deadline = time.monotonic() + 1.0
+        while not self.stop() and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def _spawn(self, line: list[str], log: Path, further: Mapping[str, str]) -> int:
         if self.stop():

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sweeps.store import Store
 
 TOO_MANY_FAILURES = 3
+BUSY_SECONDS = 5.0
 STOPPED = 128 + signal.SIGTERM
 
 
@@ -130,7 +131,7 @@ def run_one(taken: "Claim", stopping: list[int]) -> None:
     except Busy as error:
         claims.put_back(taken)
         print(f"{taken.name}: {error}; it waits again", flush=True)
-        time.sleep(2.0)
+        time.sleep(BUSY_SECONDS)
     except claims.LostTrial as error:
         print(str(error), flush=True)
     finally:

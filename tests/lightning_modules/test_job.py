@@ -22,13 +22,13 @@ def test_a_job_its_requeue_and_an_array_element_have_names_of_their_own(slurm):
     slurm(JOB_ID="4711", RESTART_COUNT="0")
     assert job_name() == "4711"
     slurm(RESTART_COUNT="2")
-    assert job_name() == "4711.r2"
+    assert job_name() == "4711:2"
     slurm(JOB_ID="4712", ARRAY_JOB_ID="4700", ARRAY_TASK_ID="3")
-    assert job_name() == "4712[4700_3].r2"
+    assert job_name() == "4700_3:2"
 
 
 def test_chain_grows_by_each_job_once_and_stays_where_there_is_none():
     assert chain("", None) == ""
     assert chain("4711", None) == "4711"
-    assert chain(chain(chain("", "4711"), "4711"), "4711.r1") == "4711 4711.r1"
+    assert chain(chain(chain("", "4711"), "4711"), "4711:1") == "4711 4711:1"
     assert jobs_of([{"job": "1"}, {"job": None}, {"job": "1"}, {"job": "2"}]) == "1 2"

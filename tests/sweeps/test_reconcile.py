@@ -198,7 +198,7 @@ def test_mlflow_runs_agree_with_their_trials(store, study, config, tmp_path, mon
     }
     assert f"MLflow run {runs['done']} (train/trial-0000): was RUNNING; set to FINISHED" in printed
     assert found["preempted"].data.tags["trial"] == "train/trial-0001"
-    assert found["preempted"].data.tags["slurm_jobs"] == "4711.r1"
+    assert found["preempted"].data.tags["slurm_chain"] == "4711:1"
     assert study.get_trials()[0].user_attrs["mlflow_run_id"] == runs["done"]
     assert json.loads((tmp_path / "train/trial-0000/trial.json").read_text())["mlflow_run_id"] == runs["done"]
     assert main([f"study={tmp_path}"]) == 0

@@ -1,0 +1,82 @@
+"""A worker that finds a run directory still written by another fails nothing, and can outlive a pause."""
+
+import threading
+import time
+
+import pytest
+from optuna.trial import TrialState
+
+from conf.load import parse, to_yaml
+from conf.schema import TrainConfig
+from conf.sweep_schema import SweepConfig, WorkerConfig
+from lightning_modules.run_dir import open_run_dir
+from sweeps.claims import claim
+from sweeps.plans import plan_given
+from sweeps.steps import Interrupted, Steps
+from sweeps.store import Store
+from sweeps.studies import enqueue, make_study
+from sweeps.worker import run_one, work
+
+
+def make(tmp_path) -> Store:
+    base = to_yaml(parse(TrainConfig, ["conf/train/smoke.yaml"]))
+    settings = {"study_dir": str(tmp_path), "train.base": str(tmp_path / "base.yaml")}
+    config = parse(SweepConfig, [{"name": "t", "tracking.enabled": False, **settings}])
+    (tmp_path / "base.yaml").write_text(base)
+    (tmp_path / "sweep.yaml").write_text(to_yaml(config))
+    return Store(tmp_path, config)
+
+
+def test_a_directory_that_another_process_writes_lets_the_trial_wait(tmp_path, monkeypatch):
+    """As when a host that was cut off still trains what this one has taken over."""
+    monkeypatch.setattr("sweeps.worker.BUSY_SECONDS", 0.0)
+    store = make(tmp_path)
+    study = make_study(store, "train", {"loss": "maximize"}, stage="train", mlflow_run_id=None)
+    enqueue(study, plan_given([{}], [0]))
+    taken = claim(store, [study])
+    assert taken is not None
+    other = open_run_dir(taken.run_dir, parse(TrainConfig, [str(tmp_path / "base.yaml")]))
+    run_one(taken, [])
+    assert study.get_trials()[0].state == TrialState.WAITING
+    assert "is writing it" in (taken.run_dir / "log.txt").read_text()
+    other.close()
+    again = claim(store, [study])
+    assert again is not None
+    assert again.trial.number == 0
+    again.lock.release()
+
+
+def test_waiting_worker_takes_what_a_later_stage_queues(tmp_path):
+    store = make(tmp_path)
+    make_study(store, "train", {"loss": "maximize"}, stage="train", mlflow_run_id=None)
+    assert work(parse(WorkerConfig, [{"study": str(tmp_path)}]), []) == 0, "without wait it ends at once"
+    stopping: list[int] = []
+    waiting = parse(WorkerConfig, [{"study": str(tmp_path), "wait": 30.0}])
+    worker = threading.Thread(target=work, args=(waiting, stopping))
+    worker.start()
+    time.sleep(0.2)
+    later = make_study(
+        store, "confirm-0000", {"loss": "maximize"}, stage="confirm", model="gone", mlflow_run_id=None
+    )
+    enqueue(later, plan_given([{"mitigation.name": "none"}], [None]))
+    deadline = time.monotonic() + 60
+    while later.get_trials()[0].state != TrialState.FAIL:  # there is no such model: it was tried
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    stopping.append(15)
+    worker.join()
+
+
+def test_a_trial_that_heard_of_the_end_first_waits_and_one_asked_by_hand_goes_on(tmp_path, monkeypatch):
+    statuses, stops = iter([143, 143, 0]), iter([False, True, True])
+    monkeypatch.setattr(Steps, "_spawn", lambda *_: next(statuses))
+    (tmp_path / "log.txt").touch()
+    told = Steps(threads=1, stop=lambda: next(stops), watch=lambda: None)
+    with pytest.raises(Interrupted):
+        told.run("train", tmp_path, WorkerConfig(study="x"), [], {})
+    by_hand = Steps(threads=1, stop=lambda: False, watch=lambda: None)
+    monkeypatch.setattr("sweeps.steps.ended", lambda _: None if next(ends) else {"status": "completed"})
+    ends = iter([True, False])
+    statuses = iter([143, 0])
+    assert by_hand.run("train", tmp_path, WorkerConfig(study="x"), [], {})["status"] == "completed"
+    assert next(statuses, None) is None, "it was started again"
