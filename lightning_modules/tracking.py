@@ -27,6 +27,7 @@ from conf.schema import TrackingConfig
 from lightning_modules.metrics_file import MetricsFile, Point
 from lightning_modules.mlflow_store import one_line, open_store
 from lightning_modules.run_dir import is_rank_zero, write_json
+from lightning_modules.slurm import record_start
 from lightning_modules.termination import Terminated
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class Tracker:
 
     def __enter__(self) -> Self:
         """Open the store and the run. Raises ValueError (one line) if the store does not answer."""
+        if self.active:
+            self.tags |= record_start(self.run_dir)
         if self.config.enabled and self.active:
             self.client, experiment_id = open_store(self.config)
             self._open_run(experiment_id)

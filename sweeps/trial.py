@@ -21,6 +21,7 @@ from conf.load import parse, to_yaml
 from conf.schema import EvaluateConfig, TrainConfig
 from conf.sweep_schema import SweepConfig, evaluation
 from lightning_modules.run_dir import read_result, write_text
+from lightning_modules.slurm import environment_for_child
 from sweeps.studies import Claim, point_of
 from sweeps.tether import tethered
 
@@ -113,6 +114,8 @@ class _Steps:
             status = self._spawn(line, log)
         result = _completed(run_dir)
         if result is None:
+            if self.stop():  # a batch system tells worker and trial alike: the trial may be gone first
+                raise Interrupted
             how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
             raise TrialFailed(f"{command}: {how}: {last_words(log)}")
         return result
@@ -120,7 +123,8 @@ class _Steps:
     def _spawn(self, line: list[str], log: Path) -> int:
         if self.stop():
             raise Interrupted
-        environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"}
+        environment = environment_for_child()
+        environment.pop("MLFLOW_RUN_ID", None)
         environment |= {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
         with log.open("a") as output:
             output.write(f"$ {shlex.join(['python', *line[1:]])}\n")

@@ -24,7 +24,7 @@ from lightning_modules.checkpoints import (
 )
 from lightning_modules.finite import first_non_finite_parameter
 from lightning_modules.run_dir import RunError
-from lightning_modules.termination import Terminated, Termination
+from lightning_modules.termination import Termination
 
 
 class SaveCheckpoints(Checkpoint):
@@ -94,7 +94,7 @@ class SaveCheckpoints(Checkpoint):
         if signum or self._step % settings.checkpoint_every == 0 or self._step == settings.max_steps:
             self._save(trainer)
         if signum:
-            raise Terminated(signum)
+            self.termination.end(signum)
 
     def _asked_to_end(self, trainer: pl.Trainer) -> int | None:
         """The signal that any rank received: all of them save together."""
