@@ -10,7 +10,7 @@ sweep goes on where it was: finished trials are kept, interrupted ones continued
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,15 +31,23 @@ from sweeps.studies import (
     load_studies,
     make_study,
     open_journal,
-    plan_comparison,
+    plan_given,
     plan_mitigations,
     plan_points,
     plan_samples,
+    retry_failed,
 )
 from sweeps.study_dir import prepare
 from sweeps.supervise import Stopped, SweepFailed, Workers
 
 BASELINE = {"mitigation.name": "none"}
+
+Grow = Callable[[Study], Plan]
+
+
+def no_growth(study: Study) -> Plan:
+    """The plan of a stage whose trials are all known when it starts."""
+    return {}
 
 
 def conduct(config: SweepConfig, command: str) -> int:
@@ -76,15 +84,15 @@ class Sweep:
     def run(self) -> None:
         with self._parent("train") as tracker:
             study = self._train_study(tracker)
-            self._finish("train", [study])
+            self._finish("train", study)
             models = self._models_to_mend(study)
             self._record(tracker, [study], is_last=not models)
         for model in models:
             with self._parent(f"mitigation-{model.number:04d}") as tracker:
                 tried = self._mitigation_study(model, tracker)
-                self._finish(f"mitigation of trial {model.number} ({model.label})", [tried])
+                self._finish(f"mitigation of trial {model.number} ({model.label})", tried)
                 compared = self._comparison(model, tried, tracker)
-                self._finish(f"comparison on fresh prompts, trial {model.number}", [compared])
+                self._finish(f"comparison on fresh prompts, trial {model.number}", compared)
                 self._record(tracker, [tried, compared], is_last=model is models[-1])
 
     def _models_to_mend(self, study: Study) -> list[Measured]:
@@ -100,7 +108,7 @@ class Sweep:
         seeds = stage.seeds
         if stage.checkpoints:
             paths = [str(Path(path).resolve()) for path in stage.checkpoints]
-            plan = plan_comparison([{"checkpoint": path} for path in paths])
+            plan = plan_given([{"checkpoint": path} for path in paths], [None])
         elif stage.sampler == "grid":
             plan = plan_points(train_points(self.config), seeds)
         else:
@@ -113,12 +121,12 @@ class Sweep:
             plan = plan_points(mitigation_points(self.config), [None])
         else:
             plan = plan_mitigations(stage.space, stage.trials or 0)
-        plan = plan_comparison([BASELINE]) | plan
+        plan = plan_given([BASELINE], [None]) | plan
         return self._evaluations("mitigation", model, plan, tracker)
 
     def _comparison(self, model: Measured, tried: Study, tracker: Tracker) -> Study:
         best = best_settings(finished(self.study_dir, tried), self.config)
-        plan = plan_comparison([BASELINE, *(measured.point for measured in best)])
+        plan = plan_given([BASELINE, *(measured.point for measured in best)], [None])
         return self._evaluations("confirm", model, plan, tracker)
 
     def _evaluations(self, stage: str, model: Measured, plan: Plan, tracker: Tracker) -> Study:
@@ -133,15 +141,21 @@ class Sweep:
 
     def _study(self, name: str, plan: Plan, direction: Direction, **attributes: str | None) -> Study:
         study = make_study(self.storage, name, direction, **attributes)
-        again = enqueue(study, plan)
+        enqueue(study, plan)
+        again = retry_failed(study)
         if again:
             self.console.print(f"{name}: {again} failed trials are tried again")
         return study
 
-    def _finish(self, title: str, studies: list[Study]) -> None:
-        """Run the stage's trials to their ends."""
-        with Display(self.console, self.study_dir, self.config, title, studies) as display:
-            self.workers.run(studies, display.update)
+    def _finish(self, title: str, study: Study, grow: Grow = no_growth) -> None:
+        """Run the stage's trials to their ends, and those that `grow` adds.
+
+        `grow(study)` is asked at the start and whenever a trial has ended: it reads what has finished and
+        returns a plan; what of it the study lacks is queued. The stage is over when no trial is open and
+        `grow` adds none. A sweep that was killed goes on alike if the plan depends on the results alone.
+        """
+        with Display(self.console, self.study_dir, self.config, title, [study]) as display:
+            self.workers.run([study], display.update, grow=lambda: enqueue(study, grow(study)))
 
     def _parent(self, name: str) -> Tracker:
         """The MLflow run above a stage's trials: found again by every later start."""

@@ -109,27 +109,39 @@ def plan_mitigations(names: Iterable[str], count: int) -> Plan:
     }
 
 
-def plan_comparison(points: Iterable[Point]) -> Plan:
-    """Given points that no sampler touches: the baseline, or what a confirmation compares."""
-    return {json.dumps(point): Planned(fixed={}, attributes={"point": point}) for point in points}
+def plan_given(points: Iterable[Point], seeds: Iterable[int | None]) -> Plan:
+    """Points that no sampler touches, in or outside the space: the baseline, what a confirmation compares,
+    what a search asks for next."""
+    return {
+        json.dumps(point | {"seed": seed}): Planned(fixed={}, attributes={"point": point, "seed": seed})
+        for seed in seeds
+        for point in points
+    }
 
 
 def enqueue(study: Study, plan: Plan) -> int:
-    """Queue what the study lacks, and once more what has only failed; returns how many of these there are."""
+    """Queue what of the plan the study lacks, by its keys; returns how many trials these are."""
+    known = {trial.user_attrs["plan"] for trial in study.get_trials(deepcopy=False)}
+    missing = [key for key in plan if key not in known]
+    for key in missing:
+        _enqueue(study, plan[key].fixed, plan[key].attributes | {"plan": key})
+    return len(missing)
+
+
+def retry_failed(study: Study) -> int:
+    """Queue once more, at the same point, what has only failed; returns how many trials these are."""
     latest = {trial.user_attrs["plan"]: trial for trial in study.get_trials(deepcopy=False)}
-    again = 0
-    for key, planned in plan.items():
-        last = latest.get(key)
-        fixed, attributes = planned.fixed, planned.attributes | {"plan": key}
-        if last is not None:
-            if last.state != TrialState.FAIL:
-                continue
-            attributes["retry_of"] = last.number
-            if "point" not in attributes:
-                fixed = point_of(last)
-            again += 1
-        study.enqueue_trial(_to_parameters(fixed), user_attrs=attributes | {"fixed": fixed})
-    return again
+    failed = [trial for trial in latest.values() if trial.state == TrialState.FAIL]
+    for trial in failed:
+        kept = {name: trial.user_attrs[name] for name in trial.user_attrs["planned"]}
+        fixed = {} if "point" in kept else point_of(trial)
+        _enqueue(study, fixed, kept, retry_of=trial.number)
+    return len(failed)
+
+
+def _enqueue(study: Study, fixed: Point, planned: dict[str, Any], **further: Any) -> None:
+    attributes = planned | {"planned": list(planned), "fixed": fixed} | further
+    study.enqueue_trial(_to_parameters(fixed), user_attrs=attributes)
 
 
 def is_open(study: Study) -> bool:

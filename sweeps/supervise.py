@@ -39,13 +39,23 @@ class Workers:
         self.crashes = 0
         self._slots: dict[int, subprocess.Popen] = {}
 
-    def run(self, studies: list[Study], watch: Callable[[], None]) -> None:
+    def run(self, studies: list[Study], watch: Callable[[], None], grow: Callable[[], int]) -> None:
         """Keep workers at it until every trial of the studies has ended, calling `watch` twice a second.
 
+        `grow` may queue further trials and returns how many: it is called first and whenever one has ended.
         Raises Stopped after a signal, SweepFailed after too many failed trials or crashed workers.
         """
+        seen = -1  # trials that had ended when `grow` was last called
         try:
-            while any(is_open(study) for study in studies):
+            while True:
+                # In this order: where none was open, all that have ended are counted.
+                is_over = not any(is_open(study) for study in studies)
+                ended = sum(_ended(study) for study in studies)
+                if ended != seen:
+                    seen = ended
+                    is_over = not grow() and is_over
+                if is_over:
+                    break
                 if self.signals:
                     self.say("Stopping: running trials save what they have (Ctrl-C again to kill them) ...")
                     raise Stopped
@@ -109,3 +119,7 @@ class Workers:
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C reaches this process alone, which stops them
             )
+
+
+def _ended(study: Study) -> int:
+    return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))

@@ -21,11 +21,12 @@ from sweeps.studies import (
     load_studies,
     make_study,
     open_journal,
-    plan_comparison,
+    plan_given,
     plan_mitigations,
     plan_points,
     plan_samples,
     point_of,
+    retry_failed,
     to_take,
 )
 
@@ -127,7 +128,8 @@ def test_failures_in_a_row_are_counted_over_all_workers_since_a_time(tmp_path, c
     end(ok=False)
     assert last_failures([study], began) == 2
     assert last_failures([study], between) == 1
-    assert enqueue(study, plan_samples(4, seeds=[0])) == 3
+    assert enqueue(study, plan_samples(4, seeds=[0])) == 0
+    assert retry_failed(study) == 3
     assert [trial.user_attrs["retry_of"] for trial in study.get_trials()[4:]] == [0, 2, 3]
 
 
@@ -141,7 +143,7 @@ def test_mitigations_take_turns_and_share_names_of_settings_but_no_values(tmp_pa
     settings = {"mitigation.space": space, "mitigation.sampler": "tpe", "mitigation.trials": 5}
     config = parse(SweepConfig, [{"name": "t", **settings}])
     study = make_study(open_journal(tmp_path), "mitigation-0000", "maximize", stage="mitigation", model="m")
-    enqueue(study, plan_comparison([{"mitigation.name": "none"}]) | plan_mitigations(space, 5))
+    enqueue(study, plan_given([{"mitigation.name": "none"}], [None]) | plan_mitigations(space, 5))
     failed = 0
     while taken := claim(tmp_path, [study], config, 0):
         point = point_of(taken.trial)
@@ -162,7 +164,7 @@ def test_mitigations_take_turns_and_share_names_of_settings_but_no_values(tmp_pa
     windows = [point["mitigation.window"] for point in points if "mitigation.window" in point]
     assert all(isinstance(window, int) for window in windows)
     assert len(set(windows)) > 2
-    assert enqueue(study, plan_mitigations(space, 5)) == 1
+    assert retry_failed(study) == 1
     again = claim(tmp_path, [study], config, 0)
     assert again is not None
     assert point_of(again.trial) == point_of(study.get_trials()[failed])
