@@ -68,9 +68,12 @@ class SweepConfig:
 
     name: str = option("", "names the study; letters, digits, - and _")
     study_dir: str | None = option(None, "where the study lives; none: runs/<name>")
-    workers: int = option(2, "trials at a time, a process each")
-    threads: int | None = option(None, "CPU threads per trial; none: cores // workers")
+    workers: int = option(2, "trials at a time, a process each; 0: leave them to workers elsewhere")
+    threads: int | None = option(
+        None, "CPU threads per trial; none: cores // workers (within SLURM, its job's)"
+    )
     seed: int = option(0, "seed of the samplers")
+    retry_failed: bool = option(True, "a new start tries failed trials once more")
     max_failures: int = option(3, "stop after this many failed trials in a row")
     print_config: bool = option(False, "print the resolved config and stop")
     train: TrainStageConfig = section(TrainStageConfig)
@@ -81,9 +84,10 @@ class SweepConfig:
     def __post_init__(self) -> None:
         plain = self.name.replace("-", "").replace("_", "")
         require(plain.isascii() and plain.isalnum(), "name", self.name, "use letters, digits, - and _")
-        for name in ("workers", "threads", "max_failures"):
+        for name in ("threads", "max_failures"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be at least 1")
+        require(self.workers >= 0, "workers", self.workers, "must be at least 0")
         require(self.seed >= 0, "seed", self.seed, "must be at least 0")
         require_at_least("mitigation", self.mitigation, 0, "checkpoints", "max_cost")
         seeds = self.train.seeds
@@ -102,7 +106,8 @@ class SweepConfig:
 
     @property
     def threads_per_trial(self) -> int:
-        return self.threads or max(1, (os.cpu_count() or 1) // self.workers)
+        cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count() or 1)
+        return self.threads or max(1, cores // max(1, self.workers))
 
 
 @dataclass(kw_only=True)
@@ -114,10 +119,14 @@ class WorkerConfig:
     since: float | None = option(
         None, "count failures from this time on (seconds since 1970); none: from now"
     )
+    wait_minutes: float = option(
+        0.0, "without a sweeps.run: conduct the stages too, and stay this long where nothing is to take"
+    )
 
     def __post_init__(self) -> None:
         require(bool(self.study), "study", "''", "give the study directory: study=DIR")
         require(self.index >= 0, "index", self.index, "must be at least 0")
+        require(self.wait_minutes >= 0, "wait_minutes", self.wait_minutes, "must be at least 0")
 
 
 @dataclass(kw_only=True)

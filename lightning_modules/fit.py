@@ -177,8 +177,8 @@ def build_trainer(
 def launcher() -> list[LightningEnvironment | SLURMEnvironment]:
     """How the other ranks come to be, within a SLURM job; elsewhere Lightning finds out by itself.
 
-    Lightning would take any process of such a job for a rank that srun started, and wait for the others; and it
-    would requeue the job itself, from inside its signal handler.
+    Lightning would take any process of such a job for a rank that srun started, and wait for the others; and
+    it would requeue the job itself, from inside its signal handler.
     """
     if is_rank():
         return [SLURMEnvironment(auto_requeue=False)]

@@ -1,8 +1,8 @@
-"""What SLURM tells a process: whether srun started it as one of several ranks, and which start of which job it is.
+"""What SLURM tells a process: whether srun started it as a rank of a step, and which start of which job it is.
 
-A run directory remembers its starts in slurm.json; its MLflow run carries them as tags. Starting a job again is
-the work of its batch script, for scontrol may be out of reach here, in a container say: the script names a file
-in LONGSTATE_REQUEUE, and a run that a signal has ended leaves that file there once everything is saved.
+A run directory remembers its starts in slurm.json; its MLflow run carries them as tags. Starting a job again
+is the work of its batch script, for scontrol may be out of reach here, in a container say: the script names a
+file in LONGSTATE_REQUEUE, and a run that a signal has ended leaves that file once everything is saved.
 """
 
 import json
@@ -15,7 +15,7 @@ from lightning_modules.run_dir import is_rank_zero, write_json
 
 REQUEUE_FILE = "LONGSTATE_REQUEUE"
 
-# They make a process one rank of a step. A process that such a rank starts by itself, a sweep's trial, is none.
+# They make a process a rank of a step. One that such a rank starts by itself, a sweep's trial, is none.
 RANK_VARIABLES = (
     *("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_ID", "SLURM_STEPID", REQUEUE_FILE),

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C end a run in order: at the next point where nothing is lost, honestly recorded."""
+"""SIGTERM, SIGUSR1 and Ctrl-C end a run in order: where nothing is lost next, with an honest status."""
 
 import os
 import signal
@@ -22,9 +22,9 @@ class Termination:
     """Within the block, the signals raise Terminated: at once, or if `deferred`, when the work looks.
 
     It is raised once. A batch system repeats its signals and sends them to parent and child alike, so only a
-    second Ctrl-C, from somebody who waits, is obeyed at once; what will not end must be killed. Outside the main
-    thread, where Python cannot set handlers, it does nothing, nor in data workers, which inherit the handlers:
-    the main process ends them after it has saved.
+    second Ctrl-C, from somebody who waits, is obeyed at once; what will not end must be killed. Outside the
+    main thread, where Python cannot set handlers, it does nothing, nor in data workers, which inherit the
+    handlers: the main process ends them after it has saved.
     """
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ the latest by starting the same command again. Each (key, step) reaches MLflow o
         tracker.log_figure(figure, "recall.png")
         tracker.log_table({"length": [256, 512], "exact": [1.0, 0.5]}, "recall.json")
 
-leaves the run FINISHED, KILLED (SIGTERM, Ctrl-C) or FAILED (any other exception).
+leaves the run FINISHED, KILLED (a signal, Ctrl-C), FAILED (any other exception) or what the exception says.
 """
 
 import json
@@ -82,6 +82,7 @@ class Tracker:
             status = "FINISHED"
         else:
             status = "KILLED" if issubclass(kind, Terminated | KeyboardInterrupt) else "FAILED"
+            status = getattr(kind, "run_status", status)
         self.close(status)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:

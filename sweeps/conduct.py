@@ -8,6 +8,7 @@ Each stage of each model is one MLflow run; its trials are the children. Started
 sweep goes on where it was: finished trials are kept, interrupted ones continued, failed ones tried once more.
 """
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -38,8 +39,9 @@ from sweeps.studies import (
     retry_failed,
 )
 from sweeps.study_dir import prepare
-from sweeps.supervise import Stopped, SweepFailed, Workers
+from sweeps.supervise import Pending, Stopped, SweepFailed, Workers
 
+PENDING = os.EX_TEMPFAIL
 BASELINE = {"mitigation.name": "none"}
 
 Grow = Callable[[Study], Plan]
@@ -65,6 +67,10 @@ def conduct(config: SweepConfig, command: str) -> int:
                 f"Stopped; what is finished is kept. To go on:  {command}", soft_wrap=True, highlight=False
             )
             return 128 + signals[0]
+        except Pending as pending:
+            line = f"{pending}:  python -m sweeps.worker study={study_dir} wait_minutes=10"
+            console.print(line, soft_wrap=True, highlight=False)
+            return PENDING
         except SweepFailed as error:
             write_report(study_dir, console)
             console.print(f"error: {error}. To go on:  {command}", soft_wrap=True, highlight=False)
@@ -142,7 +148,7 @@ class Sweep:
     def _study(self, name: str, plan: Plan, direction: Direction, **attributes: str | None) -> Study:
         study = make_study(self.storage, name, direction, **attributes)
         enqueue(study, plan)
-        again = retry_failed(study)
+        again = retry_failed(study) if self.config.retry_failed else 0
         if again:
             self.console.print(f"{name}: {again} failed trials are tried again")
         return study

@@ -4,6 +4,9 @@ Run a sweep to its end: train models over a space, try mitigations on those that
 to interrupt (Ctrl-C) and to start again with the same command, which goes on. Everything is left in study_dir
 (runs/<name>) and in MLflow.
 
+workers=0 starts no workers: it makes the stores, plans and queues what the finished trials allow, and ends
+with 75 while trials are left to workers elsewhere. slurm/submit_sweep.sh begins with it.
+
 Ends with 0, with 1 when trials have failed, with 2 for a config that does not hold.
 """
 

@@ -14,7 +14,7 @@ from conf.sweep_schema import SweepConfig, train_base
 from lightning_modules.run_dir import write_text
 
 # Settings of the machine rather than of the study: they may change from one start to the next.
-CHANGEABLE = {"workers", "threads", "max_failures", "study_dir", "print_config", "train.base"}
+CHANGEABLE = {"workers", "retry_failed", "threads", "max_failures", "study_dir", "print_config", "train.base"}
 
 
 def prepare(config: SweepConfig) -> Path:

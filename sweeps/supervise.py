@@ -24,6 +24,12 @@ class Stopped(KeyboardInterrupt):
     """The sweep was asked to stop and has stopped its workers and their trials."""
 
 
+class Pending(Exception):
+    """workers=0: trials are left to workers elsewhere; the message counts them."""
+
+    run_status = "SCHEDULED"  # what MLflow says of the stage meanwhile
+
+
 class Workers:
     """Up to `config.workers` processes of sweeps.worker on one study directory.
 
@@ -50,12 +56,15 @@ class Workers:
             while True:
                 # In this order: where none was open, all that have ended are counted.
                 is_over = not any(is_open(study) for study in studies)
-                ended = sum(_ended(study) for study in studies)
+                ended = sum(count_ended(study) for study in studies)
                 if ended != seen:
                     seen = ended
                     is_over = not grow() and is_over
                 if is_over:
                     break
+                if self.config.workers == 0:
+                    waiting = sum(to_take(self.study_dir, [study]) for study in studies)
+                    raise Pending(f"{studies[0].study_name}: {waiting} trials wait for workers")
                 if self.signals:
                     self.say("Stopping: running trials save what they have (Ctrl-C again to kill them) ...")
                     raise Stopped
@@ -121,5 +130,5 @@ class Workers:
             )
 
 
-def _ended(study: Study) -> int:
+def count_ended(study: Study) -> int:
     return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))

@@ -220,7 +220,9 @@ class Cluster:
                 runs_here = theirs.get("SLURM_CONF") == self.environment["SLURM_CONF"]
                 is_job = runs_here and theirs.get("SLURMD_NODENAME") in nodes
                 # the daemon of a step inherits its node's log, and little else that tells
-                is_step = process.name() == "slurmstepd" and logs & {file.path for file in process.open_files()}
+                is_step = process.name() == "slurmstepd" and logs & {
+                    file.path for file in process.open_files()
+                }
                 if is_job or is_step:
                     found.append(process)
         return found
