@@ -1,8 +1,8 @@
-"""A real SLURM on this machine, for tests: munged, slurmctld and slurmd for every pretend node, all in one folder.
+"""A real SLURM on this machine, for tests: munged, slurmctld and a slurmd for each pretend node.
 
-Nothing of the system is touched: own key, ports, spool and state, and each node has its host name in a namespace of
-its own. The daemons stay in the foreground and are tied to the process that starts them, so that they cannot
-outlive it, however it ends; `stop` ends them in order, jobs first.
+Nothing of the system is touched: own key, ports, spool and state, and each node has its host name in a
+namespace of its own. The daemons stay in the foreground and are tied to the process that starts them, so that
+they cannot outlive it, however it ends.
 
 The pretend GPUs are null devices: SLURM counts them and sets CUDA_VISIBLE_DEVICES; torch finds none.
 """
@@ -70,7 +70,10 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefMemPerCPU=100 PriorityTier=10
 
 
 class Cluster:
-    """`nodes` pretend nodes with 8 CPUs and 2 pretend GPUs each, a partition `main` and one that preempts it."""
+    """Pretend nodes with 8 CPUs and 2 pretend GPUs each, a partition `main`, and `urgent`, which preempts it.
+
+    kill_wait: seconds from scancel to the kill. grace: from preemption to the kill.
+    """
 
     def __init__(self, folder: Path, nodes: int = 2, kill_wait: int = 20, grace: int = 40) -> None:
         self.folder, self.nodes = folder, [f"n{i}" for i in range(nodes)]
@@ -112,7 +115,7 @@ class Cluster:
         daemon.wait()
 
     def stop(self) -> None:
-        """End everything that this cluster has started. Nobody needs its state any more, so nothing is asked."""
+        """End everything that this cluster has started, at once: nobody needs its state any more."""
         for daemon in self._daemons.values():
             daemon.kill()
             daemon.wait()
@@ -131,7 +134,7 @@ class Cluster:
         return done.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What the controller knows of a job, or of one element of an array, as `scontrol show job` names it."""
+        """What the controller knows of a job or an element of an array, named as in `scontrol show job`."""
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
