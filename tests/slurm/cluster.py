@@ -78,8 +78,8 @@ class Cluster:
     def __init__(self, folder: Path, nodes: int = 2, kill_wait: int = 20, grace: int = 40) -> None:
         self.folder, self.nodes = folder, [f"n{i}" for i in range(nodes)]
         self._kill_wait, self._grace = kill_wait, grace
-        self._daemons: dict[str, subprocess.Popen] = {}
-        # srun may be off the PATH of a login shell
+        self.daemons: dict[str, subprocess.Popen] = {}
+        self.job_logs = Path()  # a folder, for what a failing test says
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def start(self) -> None:
@@ -98,7 +98,7 @@ class Cluster:
         self._daemon("slurmctld", "-D", "-c", "-f", str(self.folder / "slurm.conf"))
         for node in self.nodes:
             self.start_node(node)
-        self.wait_for(self._all_idle, 60, "the nodes do not come up")
+        self.wait_for(self.is_idle, 60, "the nodes do not come up")
 
     def start_node(self, node: str) -> None:
         """Start slurmd as `node`, under that host name, which every node can resolve."""
@@ -108,7 +108,7 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """What a power cut does: the node's daemon and everything it runs, gone at once."""
-        daemon = self._daemons.pop(node)
+        daemon = self.daemons.pop(node)
         victims = [daemon, *self._processes_of(node)]
         for process in victims:
             process.kill()
@@ -116,7 +116,7 @@ class Cluster:
 
     def stop(self) -> None:
         """End everything that this cluster has started, at once: nobody needs its state any more."""
-        for daemon in self._daemons.values():
+        for daemon in self.daemons.values():
             daemon.kill()
             daemon.wait()
         while processes := self._processes_of():
@@ -154,6 +154,7 @@ class Cluster:
     def start_requeued(self, job: str, **changes: str) -> None:
         """Let a requeued job start now: SLURM holds it back for two minutes."""
         self.wait_for_state(job, "PENDING")
+        time.sleep(2)  # a node refuses what is started in the second in which it was killed
         settings = [f"{name}={value}" for name, value in changes.items()]
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now", *settings)
 
@@ -161,7 +162,7 @@ class Cluster:
         """The last lines of every daemon's log, and of every log of a job in the jobs' folder."""
         return "\n".join(
             f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:])
-            for path in sorted(self.folder.glob("*.log"))
+            for path in sorted([*self.folder.glob("*.log"), *self.job_logs.glob("*.out")])
         )
 
     def _configure(self) -> None:
@@ -196,7 +197,7 @@ class Cluster:
         path = shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
         assert path is not None, program
         with (self.folder / f"{name or program}.out").open("a") as output:
-            self._daemons[name or program] = subprocess.Popen(
+            self.daemons[name or program] = subprocess.Popen(
                 tethered([path, *arguments], "SIGKILL"),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -205,8 +206,8 @@ class Cluster:
                 start_new_session=True,
             )
 
-    def _all_idle(self) -> bool:
-        for name, daemon in self._daemons.items():
+    def is_idle(self) -> bool:
+        for name, daemon in self.daemons.items():
             assert daemon.poll() is None, f"{name} has ended\n{self.logs()}"
         command = ["sinfo", "--noheader", "--partition=main", "--states=idle", "--format=%D"]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=30)
