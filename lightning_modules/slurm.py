@@ -1,4 +1,4 @@
-"""What SLURM tells a process: whether srun started it as a rank of a step, and which start of which job it is.
+"""What SLURM tells a process: is it a rank that srun started, and which start of which job is this?
 
 A run directory remembers its starts in slurm.json; its MLflow run carries them as tags. Starting a job again
 is the work of its batch script, for scontrol may be out of reach here, in a container say: the script names a

@@ -223,8 +223,8 @@ def check_all_reduce(subject: Subject, timeout: float) -> str:
     except subprocess.TimeoutExpired:
         raise ValueError(
             f"all-reduce over {ranks[0]['WORLD_SIZE']} ranks: nothing within timeout_seconds={timeout:g} on "
-            f"{socket.gethostname()}: a rank is missing or the fabric does not connect: look at the logs of the "
-            "other ranks, and name the interface in NCCL_SOCKET_IFNAME"
+            f"{socket.gethostname()}: a rank is missing or the fabric does not connect: look at the "
+            "logs of the other ranks, and name the interface in NCCL_SOCKET_IFNAME"
         ) from None
     finally:
         for process in processes:

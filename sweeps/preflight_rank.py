@@ -1,7 +1,7 @@
 """One rank of a preflight: `python -m sweeps.preflight_rank ACCELERATOR DIRECTORY`.
 
-RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are in its environment. Prints a RankReport as JSON, or
-ends with one line on stderr.
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are in its environment. Prints a RankReport as JSON,
+or ends with one line on stderr.
 """
 
 import json

@@ -1,0 +1,178 @@
+"""slurm/submit_sweep.sh on a real SLURM: a sweep by an array of workers, and what kills leave behind.
+
+Its trials are those of tests/sweeps, a training that counts steps: what is tested is who runs them, and when.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from sweeps.studies import load_studies
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import ROOT, Checkout
+
+BASE = """\
+model: {d_model: 32, n_layers: 1, d_state: 16, headdim: 16}
+data: {train_length: 128, batch_size: 2}
+trainer: {max_steps: 10}
+"""
+SWEEP = """\
+name: tiny
+train:
+  base: base.yaml
+  space: {model.d_state: [16, 64, 4, 8]}
+mitigation:
+  space:
+    forget_more: {alpha_scale: [0.999], insert_scale: [1.0]}
+tracking: {enabled: false}
+"""
+CPU = "--cpus-per-task=1"
+
+
+class SweepJobs:
+    """A sweep of tiny trials, and the jobs that submit_sweep.sh has made of it."""
+
+    def __init__(self, checkout: Checkout, cluster: Cluster) -> None:
+        self.checkout, self.cluster = checkout, cluster
+        self.study_dir = checkout.folder / "runs" / "tiny"
+        (checkout.folder / "lightning_modules").unlink()  # PYTHONPATH leads to its stand-in
+        (checkout.folder / "base.yaml").write_text(BASE)
+        (checkout.folder / "sweep.yaml").write_text(SWEEP)
+        self.plan = self.workers = self.report = ""
+
+    def submit(self, *settings: str, step_seconds: float = 0.01, workers: int = 2) -> None:
+        path = os.pathsep.join([str(ROOT / "tests" / "sweeps" / "stand_ins"), str(ROOT)])
+        said = self.checkout.submit(
+            *("sweep.yaml", *settings),
+            program="slurm/submit_sweep.sh",
+            PYTHONPATH=path,
+            STEP_SECONDS=str(step_seconds),
+            WORKERS=str(workers),
+            WAIT_MINUTES="1",
+            WORKER_OPTIONS=CPU,
+            CONDUCT_OPTIONS=CPU,
+        )
+        words = said.splitlines()[0].replace(",", "").split()
+        self.plan, self.workers, self.report = words[4], words[8], words[11]
+
+    def element(self, index: int) -> str:
+        return f"{self.workers}_{index}"
+
+    def wait_for_training(self, trials: int) -> None:
+        def counting() -> bool:
+            files = self.study_dir.glob("train/trial-*/metrics.jsonl")
+            return sum(not (file.parent / "result.json").exists() for file in files) >= trials
+
+        self.cluster.wait_for(counting, 60, "no trial trains")
+
+    def wait_for_report(self) -> str:
+        """The state in which the last job ends."""
+        return self.cluster.wait_for_state(self.report, "COMPLETED", "FAILED", "CANCELLED")
+
+    def states(self) -> dict[str, list[TrialState]]:
+        studies = load_studies(self.study_dir)
+        return {s.study_name: [trial.state for trial in s.get_trials(deepcopy=False)] for s in studies}
+
+    def starts(self) -> list[int]:
+        """How often each training trial was started, least first."""
+        files = self.study_dir.glob("train/trial-*/starts")
+        return sorted(len(file.read_text().splitlines()) for file in files)
+
+    def assert_complete(self) -> None:
+        done = TrialState.COMPLETE
+        assert self.states() == {
+            "train": [done] * 4,
+            "mitigation-0001": [done] * 2,
+            "confirm-0001": [done] * 2,
+        }
+        assert "Best setting: forget_more" in (self.study_dir / "report.txt").read_text()
+
+
+@pytest.fixture
+def sweep(checkout: Checkout, cluster: Cluster) -> SweepJobs:
+    return SweepJobs(checkout, cluster)
+
+
+def test_an_array_of_workers_brings_a_sweep_through_all_stages_to_its_report(
+    sweep: SweepJobs, cluster: Cluster, checkout: Checkout
+) -> None:
+    sweep.submit()
+    assert sweep.wait_for_report() == "COMPLETED", cluster.logs()
+    sweep.assert_complete()
+    assert sweep.starts() == [1] * 4
+    for index in range(2):
+        assert cluster.state(sweep.element(index)) == "COMPLETED"
+        assert "started" in checkout.log(f"sweep-{sweep.workers}_{index}.out")
+    assert "4 trials wait for workers" in checkout.log(f"sweep-plan-{sweep.plan}.out")
+    assert "Best setting" in checkout.log(f"sweep-report-{sweep.report}.out")
+
+
+def test_a_cancelled_sweep_is_reported_and_the_same_command_goes_on(
+    sweep: SweepJobs, cluster: Cluster, checkout: Checkout
+) -> None:
+    sweep.submit(step_seconds=0.3)
+    sweep.wait_for_training(trials=2)
+    cluster.run("scancel", sweep.workers)
+    assert sweep.wait_for_report() == "FAILED"
+    for index in range(2):
+        assert cluster.state(sweep.element(index)) == "CANCELLED"  # and not requeued
+        log = checkout.log(f"sweep-{sweep.workers}_{index}.out")
+        assert "interrupted, to be continued" in log
+        assert "requeued" not in log.replace("not requeued", "")
+    report = checkout.log(f"sweep-report-{sweep.report}.out")
+    assert "trials are left; to go on: slurm/submit_sweep.sh sweep.yaml" in report
+    assert set(sweep.states()["train"]) == {TrialState.RUNNING, TrialState.WAITING}
+
+    sweep.submit()
+    assert sweep.wait_for_report() == "COMPLETED", cluster.logs()
+    sweep.assert_complete()
+    assert sweep.starts() == [1, 1, 2, 2]
+
+
+def test_preempted_workers_are_requeued_and_a_lost_node_costs_nothing(
+    sweep: SweepJobs, cluster: Cluster, checkout: Checkout
+) -> None:
+    sweep.submit(step_seconds=0.5)
+    sweep.wait_for_training(trials=2)
+    element = next(sweep.element(i) for i in range(2) if cluster.job(sweep.element(i))["NodeList"] == "n0")
+    urgent = checkout.submit("--partition=urgent", "--nodelist=n0", "--exclusive", "--wrap=true")
+    cluster.wait_for_state(urgent, "COMPLETED")
+    for index in range(2):
+        if cluster.state(sweep.element(index)) == "PENDING":
+            assert "requeued" in checkout.log(f"sweep-{sweep.workers}_{index}.out")
+            cluster.start_requeued(sweep.element(index))
+    assert cluster.job(element)["Restarts"] == "1"
+
+    sweep.wait_for_training(trials=1)
+    cluster.wait_for_state(element, "RUNNING")
+    lost = cluster.job(element)["NodeList"]
+    cluster.kill_node(lost)
+    cluster.run("scontrol", "update", f"NodeName={lost}", "State=DOWN", "Reason=test")
+    for index in range(2):
+        if cluster.state(sweep.element(index)) == "PENDING":
+            cluster.start_requeued(sweep.element(index))
+    assert sweep.wait_for_report() == "COMPLETED", cluster.logs()
+    sweep.assert_complete()
+    assert sum(sweep.starts()) >= 6
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sweeps.reconcile") is None, reason="no sweeps.reconcile yet")
+def test_after_kills_nothing_is_left_to_reconcile_twice(sweep: SweepJobs, cluster: Cluster) -> None:
+    sweep.submit(step_seconds=0.3)
+    sweep.wait_for_training(trials=2)
+    cluster.run("scancel", "--signal=KILL", "--full", sweep.workers)
+    sweep.wait_for_report()
+    line = [sys.executable, "-m", "sweeps.reconcile", f"study={sweep.study_dir}"]
+    outputs = [
+        subprocess.run(line, cwd=sweep.checkout.folder, capture_output=True, text=True) for _ in range(2)
+    ]
+    assert [output.returncode for output in outputs] == [0, 0], outputs
+    before = sweep.states()
+    assert subprocess.run(line, cwd=sweep.checkout.folder).returncode == 0
+    assert sweep.states() == before
+    assert Path(sweep.study_dir / "report.txt").exists()
