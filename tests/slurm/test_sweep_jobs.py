@@ -25,11 +25,13 @@ SWEEP = """\
 name: tiny
 train:
   base: base.yaml
-  space: {model.d_state: [16, 64, 4, 8]}
+  space: {model.d_state: [16, 64, 4]}
+tracking: {enabled: false}
+"""
+MITIGATION = """\
 mitigation:
   space:
     forget_more: {alpha_scale: [0.999], insert_scale: [1.0]}
-tracking: {enabled: false}
 """
 CPU = "--cpus-per-task=1"
 
@@ -43,6 +45,7 @@ class SweepJobs:
         (checkout.folder / "lightning_modules").unlink()  # PYTHONPATH leads to its stand-in
         (checkout.folder / "base.yaml").write_text(BASE)
         (checkout.folder / "sweep.yaml").write_text(SWEEP)
+        (checkout.folder / "mitigation.yaml").write_text(MITIGATION)
         self.plan = self.workers = self.report = ""
 
     def submit(self, *settings: str, step_seconds: float = 0.01, workers: int = 2) -> None:
@@ -83,14 +86,9 @@ class SweepJobs:
         files = self.study_dir.glob("train/trial-*/starts")
         return sorted(len(file.read_text().splitlines()) for file in files)
 
-    def assert_complete(self) -> None:
-        done = TrialState.COMPLETE
-        assert self.states() == {
-            "train": [done] * 4,
-            "mitigation-0001": [done] * 2,
-            "confirm-0001": [done] * 2,
-        }
-        assert "Best setting: forget_more" in (self.study_dir / "report.txt").read_text()
+    def assert_trained(self) -> None:
+        assert self.states()["train"] == [TrialState.COMPLETE] * 3
+        assert "at training length" in (self.study_dir / "report.txt").read_text()
 
 
 @pytest.fixture
@@ -98,67 +96,61 @@ def sweep(checkout: Checkout, cluster: Cluster) -> SweepJobs:
     return SweepJobs(checkout, cluster)
 
 
-def test_an_array_of_workers_brings_a_sweep_through_all_stages_to_its_report(
+def test_a_sweep_is_cancelled_reported_and_goes_on_through_all_its_stages(
     sweep: SweepJobs, cluster: Cluster, checkout: Checkout
 ) -> None:
-    sweep.submit()
-    assert sweep.wait_for_report() == "COMPLETED", cluster.logs()
-    sweep.assert_complete()
-    assert sweep.starts() == [1] * 4
-    for index in range(2):
-        assert cluster.state(sweep.element(index)) == "COMPLETED"
-        assert "started" in checkout.log(f"sweep-{sweep.workers}_{index}.out")
-    assert "4 trials wait for workers" in checkout.log(f"sweep-plan-{sweep.plan}.out")
-    assert "Best setting" in checkout.log(f"sweep-report-{sweep.report}.out")
-
-
-def test_a_cancelled_sweep_is_reported_and_the_same_command_goes_on(
-    sweep: SweepJobs, cluster: Cluster, checkout: Checkout
-) -> None:
-    sweep.submit(step_seconds=0.3)
+    sweep.submit("mitigation.yaml", step_seconds=0.3)
     sweep.wait_for_training(trials=2)
     cluster.run("scancel", sweep.workers)
     assert sweep.wait_for_report() == "FAILED"
+    assert "3 trials wait for workers" in checkout.log(f"sweep-plan-{sweep.plan}.out")
     for index in range(2):
-        assert cluster.state(sweep.element(index)) == "CANCELLED"  # and not requeued
+        assert cluster.state(sweep.element(index)) == "CANCELLED"
         log = checkout.log(f"sweep-{sweep.workers}_{index}.out")
         assert "interrupted, to be continued" in log
         assert "requeued" not in log.replace("not requeued", "")
     report = checkout.log(f"sweep-report-{sweep.report}.out")
-    assert "trials are left; to go on: slurm/submit_sweep.sh sweep.yaml" in report
+    assert "trials are left; to go on: slurm/submit_sweep.sh sweep.yaml mitigation.yaml" in report
     assert set(sweep.states()["train"]) == {TrialState.RUNNING, TrialState.WAITING}
 
-    sweep.submit()
+    sweep.submit("mitigation.yaml")
     assert sweep.wait_for_report() == "COMPLETED", cluster.logs()
-    sweep.assert_complete()
-    assert sweep.starts() == [1, 1, 2, 2]
+    sweep.assert_trained()
+    done = [TrialState.COMPLETE] * 2
+    assert sweep.states() | {"train": []} == {"train": [], "mitigation-0001": done, "confirm-0001": done}
+    assert sweep.starts() == [1, 2, 2]
+    assert "Best setting: forget_more" in checkout.log(f"sweep-report-{sweep.report}.out")
+    for index in range(2):
+        assert cluster.state(sweep.element(index)) == "COMPLETED"
 
 
-def test_preempted_workers_are_requeued_and_a_lost_node_costs_nothing(
+def test_a_preempted_worker_is_requeued_and_a_lost_node_costs_no_trial(
     sweep: SweepJobs, cluster: Cluster, checkout: Checkout
 ) -> None:
     sweep.submit(step_seconds=0.5)
     sweep.wait_for_training(trials=2)
-    element = next(sweep.element(i) for i in range(2) if cluster.job(sweep.element(i))["NodeList"] == "n0")
     urgent = checkout.submit("--partition=urgent", "--nodelist=n0", "--exclusive", "--wrap=true")
+    preempted = [sweep.element(i) for i in range(2) if cluster.job(sweep.element(i))["NodeList"] == "n0"]
     cluster.wait_for_state(urgent, "COMPLETED")
-    for index in range(2):
-        if cluster.state(sweep.element(index)) == "PENDING":
-            assert "requeued" in checkout.log(f"sweep-{sweep.workers}_{index}.out")
-            cluster.start_requeued(sweep.element(index))
-    assert cluster.job(element)["Restarts"] == "1"
+    assert preempted
+    for element in preempted:
+        cluster.start_requeued(element)
+        assert cluster.job(element)["Restarts"] == "1"
+        assert "requeued" in checkout.log(f"sweep-{element}.out")
 
+    cluster.wait_for_state(preempted[0], "RUNNING")
     sweep.wait_for_training(trials=1)
-    cluster.wait_for_state(element, "RUNNING")
-    lost = cluster.job(element)["NodeList"]
+    lost = cluster.job(preempted[0])["NodeList"]
     cluster.kill_node(lost)
-    cluster.run("scontrol", "update", f"NodeName={lost}", "State=DOWN", "Reason=test")
-    for index in range(2):
-        if cluster.state(sweep.element(index)) == "PENDING":
-            cluster.start_requeued(sweep.element(index))
+    # What the controller finds out by itself after SlurmdTimeout.
+    cluster.run("scontrol", "update", f"NodeName={lost}", "State=DOWN", "Reason=lost")
+    for element in [sweep.element(index) for index in range(2)]:
+        if cluster.state(element) == "PENDING":  # by SLURM itself
+            cluster.start_requeued(element)
+    assert int(cluster.job(preempted[0])["Restarts"]) == 2
     assert sweep.wait_for_report() == "COMPLETED", cluster.logs()
-    sweep.assert_complete()
-    assert sum(sweep.starts()) >= 6
+    sweep.assert_trained()
+    assert sum(sweep.starts()) >= 5
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sweeps.reconcile") is None, reason="no sweeps.reconcile yet")

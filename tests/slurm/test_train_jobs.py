@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from lightning_modules.checkpoints import list_checkpoints
@@ -86,3 +87,61 @@ def test_signalled_ahead_of_its_limit_it_saves_is_requeued_and_ends_bit_identica
     assert result["status"] == "completed"
     tags = connect(uri).get_run(result["mlflow_run_id"]).data.tags
     assert tags["slurm_job_id"] == evaluation
+
+
+@pytest.mark.slow
+def test_cancelled_submitted_again_preempted_and_bereft_of_a_node_it_ends_bit_identical(
+    cluster: Cluster, checkout: Checkout
+) -> None:
+    long = ["trainer.max_steps=400", "trainer.checkpoint_every=10"]
+    run = checkout.folder / "runs" / "cut"
+    line = [*NODES, "slurm/train.sbatch", *SETTINGS, *long, "run_dir=runs/cut"]
+
+    cancelled = checkout.submit(*line)
+    wait_until_training(cluster, run)
+    cluster.run("scancel", cancelled)
+    cluster.wait_for(lambda: "not requeued" in checkout.log(f"train-{cancelled}.out"), 60, "no last word")
+    cluster.wait_for_state(cancelled, "CANCELLED")
+    saved = last_step(run)
+    assert len(list_checkpoints(run / "checkpoints")) >= 1
+
+    job = checkout.submit(*line)
+    wait_until_training(cluster, run, step=saved + 10)
+    urgent = checkout.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true")
+    cluster.wait_for_state(urgent, "COMPLETED")
+    assert "requeued" in checkout.log(f"train-{job}.out")
+    cluster.start_requeued(job)
+
+    cluster.wait_for_state(job, "RUNNING")
+    wait_until_training(cluster, run, step=last_step(run) + 20)
+    cluster.kill_node("n1")
+    cluster.run("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=lost")
+    cluster.wait_for_state(job, "PENDING")
+    assert cluster.job(job)["Restarts"] == "2"
+    cluster.start_node("n1")
+    cluster.wait_for(cluster.is_idle, 60, "n1 does not come back")
+    cluster.start_requeued(job)
+    assert cluster.wait_for_state(job, "COMPLETED", "FAILED") == "COMPLETED", cluster.logs()
+
+    whole, uri = uninterrupted(checkout.folder, *long)
+    assert_ends_alike(run, whole, uri)
+    run_id = checkout.json("runs", "cut", "result.json")["mlflow_run_id"]
+    assert connect(uri).get_run(run_id).data.tags["slurm_chain"] == f"{cancelled} {job} {job}:1 {job}:2"
+
+
+@pytest.mark.slow
+def test_the_time_limit_itself_makes_it_save_and_come_back(cluster: Cluster, checkout: Checkout) -> None:
+    run = checkout.folder / "runs" / "long"
+    settings = [*SETTINGS, "trainer.max_steps=1000000", "run_dir=runs/long"]
+    # SLURM looks at limits every 30 seconds and may send the signal a minute early.
+    job = checkout.submit(*NODES, "--time=1", "--signal=USR1@40", "slurm/train.sbatch", *settings)
+    cluster.wait_for_state(job, "PENDING")
+    cluster.wait_for_state(job, "RUNNING")
+    wait_until_training(cluster, run)
+    cluster.wait_for_state(job, "PENDING")
+    (saved,) = list_checkpoints(run / "checkpoints")
+    run_id = checkout.json("runs", "long", "tracking.json")["run_id"]
+    cluster.start_requeued(job, TimeLimit="10")
+    wait_until_training(cluster, run, step=last_step(run) + 10)
+    assert f"continuing from {saved.relative_to(checkout.folder)}" in checkout.log(f"train-{job}-0.out")
+    assert checkout.json("runs", "long", "tracking.json")["run_id"] == run_id
