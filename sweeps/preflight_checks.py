@@ -229,7 +229,7 @@ def check_all_reduce(subject: Subject, timeout: float) -> str:
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()
     for process, (_, errors) in zip(processes, outputs, strict=True):
         if process.returncode != 0:
             lines = [line for line in errors.splitlines() if line.strip()]
