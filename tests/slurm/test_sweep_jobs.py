@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
+from lightning_modules.mlflow_store import connect
 from sweeps.studies import load_studies
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT, Checkout
@@ -168,3 +169,29 @@ def test_after_kills_nothing_is_left_to_reconcile_twice(sweep: SweepJobs, cluste
     assert subprocess.run(line, cwd=sweep.checkout.folder).returncode == 0
     assert sweep.states() == before
     assert Path(sweep.study_dir / "report.txt").exists()
+
+
+@pytest.mark.slow
+def test_trials_that_really_train_carry_the_job_that_ran_them(cluster: Cluster, checkout: Checkout) -> None:
+    said = checkout.submit(
+        *("conf/sweep/smoke.yaml", "train.overrides.trainer.accelerator=cpu", "evaluate.device=cpu"),
+        program="slurm/submit_sweep.sh",
+        WORKERS="2",
+        WAIT_MINUTES="2",
+        WORKER_OPTIONS=CPU,
+        CONDUCT_OPTIONS=CPU,
+    )
+    words = said.splitlines()[0].replace(",", "").split()
+    workers, report = words[8], words[11]
+    assert cluster.wait_for_state(report, "COMPLETED", "FAILED", seconds=400) == "COMPLETED", cluster.logs()
+    jobs = {f"{workers}_{index}" for index in range(2)}
+    client = connect(f"sqlite:///{checkout.folder}/runs/mlflow.db")
+    trials = sorted((checkout.folder / "runs" / "smoke").glob("train/trial-*/result.json"))
+    assert len(trials) == 2
+    for trial in trials:
+        tags = client.get_run(checkout.json(str(trial))["mlflow_run_id"]).data.tags
+        assert tags["slurm_job_id"] in jobs
+        assert tags["slurm_chain"] == tags["slurm_job_id"]
+        assert [start["job_id"] for start in checkout.json(str(trial.with_name("slurm.json")))] == [
+            tags["slurm_job_id"]
+        ]
