@@ -119,14 +119,14 @@ class WorkerConfig:
     since: float | None = option(
         None, "count failures from this time on (seconds since 1970); none: from now"
     )
-    wait_minutes: float = option(
-        0.0, "without a sweeps.run: conduct the stages too, and stay this long where nothing is to take"
+    wait: float = option(
+        0.0, "seconds to wait for further trials; who waits conducts the stages where no sweeps.run does"
     )
 
     def __post_init__(self) -> None:
         require(bool(self.study), "study", "''", "give the study directory: study=DIR")
         require(self.index >= 0, "index", self.index, "must be at least 0")
-        require(self.wait_minutes >= 0, "wait_minutes", self.wait_minutes, "must be at least 0")
+        require(self.wait >= 0, "wait", self.wait, "must be at least 0")
 
 
 @dataclass(kw_only=True)

@@ -68,7 +68,7 @@ def conduct(config: SweepConfig, command: str) -> int:
             )
             return 128 + signals[0]
         except Pending as pending:
-            line = f"{pending}:  python -m sweeps.worker study={study_dir} wait_minutes=10"
+            line = f"{pending}:  python -m sweeps.worker study={study_dir} wait=600"
             console.print(line, soft_wrap=True, highlight=False)
             return PENDING
         except SweepFailed as error:

@@ -1,7 +1,7 @@
-"""python -m sweeps.worker study=DIR [index=0] [wait_minutes=0]
+"""python -m sweeps.worker study=DIR [index=0] [wait=SECONDS]
 
 Run trials of a sweep, one after the other, until none is left to take. `sweeps.run` starts its own workers;
-more can be started by hand, wherever the study directory is visible. With wait_minutes= they need no
+more can be started by hand, wherever the study directory is visible. With wait=600, say, they need no
 sweeps.run beside them: they bring the sweep from stage to stage and write its report.
 
 Ends with 0 when nothing is left, 3 after too many failed trials in a row, 143 when it was told to stop.
@@ -41,14 +41,14 @@ def work(args: WorkerConfig, stopping: list[int]) -> int:
     since = time.time() if args.since is None else args.since
     studies = load_studies(study_dir)
     advance = Advance(study_dir, stopping, say=lambda text: print(text, flush=True))
-    patient_until = time.monotonic() + 60 * args.wait_minutes
+    patient_until = time.monotonic() + args.wait
     while not stopping:
         if last_failures(studies, since) >= config.max_failures:
             print(f"stopping: the last {config.max_failures} trials failed", flush=True)
             return TOO_MANY_FAILURES
         taken = claim(study_dir, studies, config, args.index)
         if taken is None:
-            if args.wait_minutes == 0 or advance.is_over() or time.monotonic() > patient_until:
+            if args.wait == 0 or advance.is_over() or time.monotonic() > patient_until:
                 return 0
             time.sleep(POLL_SECONDS)
             studies = load_studies(study_dir)
@@ -65,7 +65,7 @@ def work(args: WorkerConfig, stopping: list[int]) -> int:
             print(f"{taken.name}: interrupted, to be continued", flush=True)
         finally:
             taken.lock.release()
-            patient_until = time.monotonic() + 60 * args.wait_minutes
+            patient_until = time.monotonic() + args.wait
     return STOPPED
 
 

@@ -13,7 +13,7 @@ from tests.sweeps.test_interruption import TRACKED, states
 PENDING = os.EX_TEMPFAIL
 
 
-def work(sweep, index: int, wait_minutes: float = 1.0, **environment: str) -> subprocess.Popen[str]:
+def work(sweep, index: int, wait: float = 60.0, **environment: str) -> subprocess.Popen[str]:
     """A worker of the sweep, in a process of its own."""
     return subprocess.Popen(
         [
@@ -22,7 +22,7 @@ def work(sweep, index: int, wait_minutes: float = 1.0, **environment: str) -> su
             "sweeps.worker",
             "study=runs/tiny",
             f"index={index}",
-            f"wait_minutes={wait_minutes}",
+            f"wait={wait}",
         ],
         cwd=sweep.folder,
         env=os.environ | {"PYTHONPATH": sweep.python_path, "STEP_SECONDS": "0.01"} | environment,
@@ -66,7 +66,7 @@ def test_a_worker_leaves_the_stages_to_a_sweep_that_conducts_and_waits_no_longer
     sweep.run("workers=0", status=PENDING)
     conductor = ProcessLock(sweep.study_dir / "locks" / "sweep.lock")
     assert conductor.try_acquire()
-    worker = work(sweep, 0, wait_minutes=0.05)
+    worker = work(sweep, 0, wait=3.0)
     said = worker.communicate(timeout=120)[0]
     conductor.release()
     assert worker.returncode == 0
