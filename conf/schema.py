@@ -220,6 +220,7 @@ class TrainerConfig:
     val_every: int = option(100, "optimizer steps between validations")
     checkpoint_every: int = option(100, "optimizer steps between checkpoints")
     keep_last: int = option(2, "checkpoints kept")
+    keep_stable: bool = option(False, "keep stable.ckpt too, before the decay: longer runs can continue it")
     progress_bar: bool = option(True, "a progress bar with tokens/s when the output is a terminal")
 
     def __post_init__(self) -> None:
@@ -249,6 +250,10 @@ class TrainConfig:
     print_config: bool = option(False, "print the resolved config and stop")
     init_from: str | None = option(
         None, "start from the weights of this run directory, .ckpt or saved directory; the schedule is new"
+    )
+    continue_from: str | None = option(
+        None,
+        "stable.ckpt of a run with fewer trainer.max_steps, else equal: begin there, as if from the start",
     )
     model: ModelConfig = section(ModelConfig)
     data: DataConfig = section(DataConfig)

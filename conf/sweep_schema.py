@@ -6,7 +6,7 @@ of a grid (the extremes of a range) by building the whole config of that trial.
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from conf.load import parse
 from conf.schema import (
@@ -18,48 +18,15 @@ from conf.schema import (
     require_at_least,
     section,
 )
-from conf.search_space import Point, Space, corners, grid, parse_space, unfold
-
-Sampler = Literal["grid", "random", "tpe"]
-Direction = Literal["maximize", "minimize"]
-Stage = Literal["train", "mitigation", "confirm"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
-
-
-@dataclass(kw_only=True)
-class TrainStageConfig:
-    """One model per point of the space and seed, evaluated at and beyond its training length."""
-
-    checkpoints: list[str] = option([], "models that are there already: evaluate these, train none")
-    base: str = option("conf/train/demo.yaml", "config that every trial starts from")
-    overrides: dict[str, Any] = option({}, "settings of the base to replace, by dotted name")
-    space: dict[str, Any] = option({}, "dotted name -> list of values, or {low, high, log} for random, tpe")
-    seeds: list[int] = option([0], "grid: every point with each; random, tpe: in turn")
-    sampler: Sampler = option("grid", "grid: every point; random or tpe: `trials` of them")
-    trials: int | None = option(None, "how many trials random and tpe make, over all workers")
-    metric: str = option("passkey/recent_exact_beyond", "what tpe improves and the table calls best")
-    direction: Direction = option("maximize", "which way metric improves")
-
-
-@dataclass(kw_only=True)
-class MitigationStageConfig:
-    """Mitigations tried on the models that solve their task in length and collapse worst beyond it; on
-    train.checkpoints whatever they do."""
-
-    space: dict[str, Any] = option({}, "mitigation -> its settings -> values or range; empty skips the stage")
-    checkpoints: int = option(1, "how many models to mend, the worst collapse first; 0 skips the stage")
-    include_unsolved: bool = option(
-        False, "mend models that have not learnt their task, too: tries the commands"
-    )
-    evaluate: dict[str, Any] = option({}, "evaluate settings of every trial, on top of the sweep's own")
-    confirm: dict[str, Any] = option({}, "evaluate settings of the last comparison, on prompts of its own")
-    sampler: Sampler = option("grid", "grid: every point; random or tpe: `trials` of them")
-    trials: int | None = option(
-        None, "how many trials random and tpe make of each mitigation, on every model"
-    )
-    metric: str = option("passkey/recent_exact_beyond", "what a mitigation has to improve")
-    direction: Direction = option("maximize", "which way metric improves")
-    max_cost: float = option(0.1, "largest loss of in-length exact match that the best setting may have")
+from conf.search_space import Point, Space, corners, grid, parse_space, require_inside, unfold
+from conf.sweep_stages import (
+    STAGES,
+    MitigationStageConfig,
+    Stage,
+    StorageConfig,
+    TrainStageConfig,
+    check_stage,
+)
 
 
 @dataclass(kw_only=True)
@@ -79,6 +46,7 @@ class SweepConfig:
     train: TrainStageConfig = section(TrainStageConfig)
     evaluate: dict[str, Any] = option({}, "evaluate settings for trained models, by dotted name")
     mitigation: MitigationStageConfig = section(MitigationStageConfig)
+    storage: StorageConfig = section(StorageConfig)
     tracking: TrackingConfig = section(TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -90,11 +58,10 @@ class SweepConfig:
         require(self.workers >= 0, "workers", self.workers, "must be at least 0")
         require(self.seed >= 0, "seed", self.seed, "must be at least 0")
         require_at_least("mitigation", self.mitigation, 0, "checkpoints", "max_cost")
-        seeds = self.train.seeds
-        require(len(seeds) == len(set(seeds)) > 0, "train.seeds", seeds, "give at least one seed, each once")
         require(self.tracking.parent_run_id is None, "tracking.parent_run_id", "...", "a sweep makes its own")
-        for stage in ("train", "mitigation"):
-            _check_budget(stage, getattr(self, stage))
+        self.storage.check()
+        check_stage("train", self.train)
+        check_stage("mitigation", self.mitigation)
 
     @property
     def directory(self) -> str:
@@ -125,8 +92,18 @@ class WorkerConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.study), "study", "''", "give the study directory: study=DIR")
-        require(self.index >= 0, "index", self.index, "must be at least 0")
-        require(self.wait >= 0, "wait", self.wait, "must be at least 0")
+        for name in ("index", "wait"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
+
+
+@dataclass(kw_only=True)
+class ReconcileConfig:
+    """Repair a sweep whose processes were killed."""
+
+    study: str = option("", "the study directory")
+
+    def __post_init__(self) -> None:
+        require(bool(self.study), "study", "''", "give the study directory: study=DIR")
 
 
 @dataclass(kw_only=True)
@@ -167,8 +144,12 @@ def mitigation_spaces(config: SweepConfig) -> dict[str, Space]:
             "needs settings, e.g. alpha_scale",
         )
         nested = {f"mitigation.{key}": value for key, value in settings.items()}
-        spaces[name] = parse_space(f"mitigation.space.{name}", nested, base)
+        spaces[name] = parse_space(f"mitigation.space.{name}", nested, base, prefix="mitigation.")
     return spaces
+
+
+def train_baselines(config: SweepConfig) -> list[Point]:
+    return [unfold(point) for point in config.train.baselines]
 
 
 def train_points(config: SweepConfig) -> list[Point]:
@@ -206,7 +187,11 @@ def check(config: SweepConfig) -> None:
     """Build the config of every point (every extreme of a range); ValueError names what does not hold."""
     base = {"run_dir": None, "seed": config.train.seeds[0]}
     space = train_space(config)
-    for point in grid(space) if config.train.sampler == "grid" else corners(space):
+    baselines = train_baselines(config)
+    for point in baselines:
+        require_inside("train.baselines", point, space)
+    points = grid(space) if config.train.sampler == "grid" else corners(space)
+    for point in [*baselines, *points]:
         sources = [config.train.base, unfold(config.train.overrides), point | base]
         _parse("train.space", TrainConfig, sources)
     for stage in STAGES:
@@ -226,15 +211,3 @@ def _parse(where: str, schema: type, sources: list[Any]) -> Any:
         return parse(schema, sources)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _check_budget(stage: str, config: TrainStageConfig | MitigationStageConfig) -> None:
-    if config.sampler == "grid":
-        require(config.trials is None, f"{stage}.trials", config.trials, "a grid tries all its points")
-    elif stage == "train" or config.space:
-        require(
-            config.trials is not None and config.trials >= 1,
-            f"{stage}.trials",
-            config.trials,
-            f"say how many trials sampler={config.sampler} makes, e.g. 20",
-        )

@@ -27,6 +27,7 @@ from lightning_modules.run_dir import write_text
 
 WEIGHTS = "model.safetensors"
 TIED = "lm_head.weight"  # shares the embedding's memory under tie_embeddings
+STABLE = "stable.ckpt"
 PREFIX = "model."  # where LanguageModel holds the Mamba2LM
 
 
@@ -179,6 +180,14 @@ def link_last(folder: Path, target: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     os.replace(temporary, folder / "last.ckpt")
+
+
+def keep_stable(folder: Path, path: Path) -> None:
+    """Keep the checkpoint from which longer runs go on as stable.ckpt, whatever `prune` deletes."""
+    temporary = folder / f".{STABLE}.tmp"
+    temporary.unlink(missing_ok=True)
+    os.link(path, temporary)
+    os.replace(temporary, folder / STABLE)
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -23,10 +23,18 @@ from lightning_modules.callbacks.probe import OverLengthProbe
 from lightning_modules.callbacks.progress import Progress
 from lightning_modules.callbacks.saving import AtomicCheckpointIO, SaveCheckpoints
 from lightning_modules.callbacks.summary import PrintSummary
-from lightning_modules.checkpoints import checkpoint_path, find_newest, load_weights, read_weights
+from lightning_modules.checkpoints import (
+    checkpoint_path,
+    find_newest,
+    load_weights,
+    read_checkpoint,
+    read_weights,
+)
 from lightning_modules.cpu import has_native_bf16, keep_freed_memory
 from lightning_modules.language_model import LanguageModel
-from lightning_modules.run_dir import RunDir, config_hash, require_same_settings
+from lightning_modules.metrics_file import MetricsFile, copy_points
+from lightning_modules.run_dir import RunDir, config_hash, is_rank_zero, require_same_settings
+from lightning_modules.schedule import stable_steps
 from lightning_modules.slurm import is_rank
 from lightning_modules.termination import Termination
 from lightning_modules.tracking import Tracker
@@ -48,6 +56,7 @@ LIGHTNING_CHATTER = (
 
 def fit(run: RunDir) -> dict[str, Any]:
     """Train to `trainer.max_steps`, from the newest checkpoint if there is one, and validate at the end.
+    Ends before where a pruner says so (lightning_modules.verdict).
 
     Returns what result.json holds. Raises ValueError (one line) before the first step for what the user can
     mend, RunError for a run that failed, Terminated after a signal; MLflow reads FAILED or KILLED then.
@@ -58,9 +67,12 @@ def fit(run: RunDir) -> dict[str, Any]:
     if checkpoint_io.path is not None:
         require_same_settings(checkpoint_io.path, checkpoint_io.config(), config)
         print(f"continuing from {checkpoint_io.path}", flush=True)
+    elif config.continue_from is not None:
+        checkpoint_io = continue_from(run, Path(config.continue_from))
     module = LanguageModel(config)
     if config.init_from is not None and checkpoint_io.path is None:
         start_from(config.init_from, module)
+    first_step = checkpoint_io.step
     tags = {
         "seed": str(config.seed),
         "config_hash": config_hash(config),
@@ -69,6 +81,8 @@ def fit(run: RunDir) -> dict[str, Any]:
     }
     tracker = Tracker(config.tracking, run.path, name=run.name, params=flatten(config), tags=tags)
     with Termination() as termination, tracker:
+        if config.continue_from is not None:
+            tracker.set_tags({"continues": config.continue_from})
         tracker.log_artifact(run.path / "config.yaml")
         metrics = LogMetrics(config, tracker)
         saving = SaveCheckpoints(config, run.checkpoints, termination, tracker.run_id)
@@ -78,22 +92,26 @@ def fit(run: RunDir) -> dict[str, Any]:
         try:
             data = TokenDataModule(config)
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint_io.path, weights_only=True)
-            if metrics.val_step != config.trainer.max_steps:
+            if metrics.val_step != trainer.global_step:
                 trainer.validate(module, datamodule=data, verbose=False)
         except ValueError as error:
             if metrics.started:  # not the user's mistake: show where it comes from
                 raise RuntimeError(f"after step {trainer.global_step}: {error}") from error
             raise
+        steps = trainer.global_step
+        if saving.pruned:
+            tracker.set_tags({"pruned": "true"})
+            tracker.final_status = "KILLED"
         result = {
-            "status": "completed",
+            "status": "pruned" if saving.pruned else "completed",
             "command": "train",
-            "metrics": final_metrics(config, metrics),
+            "metrics": final_metrics(steps, metrics),
             "mlflow_run_id": tracker.run_id,
             "tracking_complete": False,
-            "checkpoint": str(
-                checkpoint_path(run.checkpoints, config.trainer.max_steps).relative_to(run.path)
-            ),
-            "steps": config.trainer.max_steps,
+            "checkpoint": str(checkpoint_path(run.checkpoints, steps).relative_to(run.path)),
+            "steps": steps,
+            "continued_from": config.continue_from,
+            "first_step_this_start": first_step,
             "seconds": metrics.seconds,
             "seconds_this_start": time.monotonic() - began,
         }
@@ -120,6 +138,30 @@ def prepare_process(config: TrainConfig) -> None:
     warnings.filterwarnings("ignore", message="The `srun` command is available on your system")
     # Lightning 2.6 calls a PyTorch function by its old name, on every batch.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+
+
+def continue_from(run: RunDir, path: Path) -> AtomicCheckpointIO:
+    """Begin at another run's stable checkpoint, its metrics up to there included.
+
+    Raises ValueError (one line) unless this run would have passed through the very same state.
+    """
+    config, contents = run.config, read_checkpoint(path)
+    checkpoint_io = AtomicCheckpointIO((path, contents))
+    theirs = checkpoint_io.config()
+    require_same_settings(path, theirs, config, besides="trainer.max_steps")
+    step = contents["step"]
+    common = min(stable_steps(c.optim, c.trainer.max_steps) for c in (theirs, config))
+    if step > common:
+        raise ValueError(
+            f"continue_from={path}: stands at step {step}, but learning rates of trainer.max_steps="
+            f"{theirs.trainer.max_steps} and {config.trainer.max_steps} agree to step {common} alone: "
+            "train from the start"
+        )
+    if is_rank_zero():
+        earlier = MetricsFile(path.parents[1] / "metrics.jsonl").points
+        copy_points([point for point in earlier if point.step <= step], run.path / "metrics.jsonl")
+    print(f"continuing {path} from step {step}", flush=True)
+    return checkpoint_io
 
 
 def start_from(path: str, module: LanguageModel) -> None:
@@ -185,9 +227,9 @@ def launcher() -> list[LightningEnvironment | SLURMEnvironment]:
     return [LightningEnvironment()] if "SLURM_JOB_ID" in os.environ and "RANK" not in os.environ else []
 
 
-def final_metrics(config: TrainConfig, metrics: LogMetrics) -> dict[str, float]:
+def final_metrics(steps: int, metrics: LogMetrics) -> dict[str, float]:
     """The last validation and training metrics; tokens, speed over all restarts, and peak memory in MiB."""
-    tokens = config.trainer.max_steps * metrics.tokens_per_step
+    tokens = steps * metrics.tokens_per_step
     return {
         **metrics.last,
         **metrics.val_metrics,

@@ -69,3 +69,14 @@ class MetricsFile:
         if len(complete) < len(text):
             with open(self.path, "ab") as file:
                 file.truncate(len(complete))
+
+
+def copy_points(points: list[Point], path: Path) -> None:
+    """Begin a metrics file with another run's points; one that is there already keeps what it has."""
+    file = MetricsFile(path)
+    by_step: dict[int, list[Point]] = {}
+    for point in points:
+        if (point.key, point.step) not in file.seen:
+            by_step.setdefault(point.step, []).append(point)
+    for step in sorted(by_step):
+        file.write(by_step[step])

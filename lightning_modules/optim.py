@@ -1,4 +1,4 @@
-"""AdamW with Mamba-2's decay groups, and the warmup-stable-decay schedule."""
+"""AdamW with Mamba-2's decay groups, under the warmup-stable-decay schedule."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from conf.schema import OptimConfig
+from lightning_modules.schedule import lr_factor
 
 # Beside norms and biases. They set how long a head remembers: pulled towards zero they all remember alike.
 NO_DECAY = ("A_log", "D", "dt_bias")
@@ -36,16 +37,3 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, max_steps: int) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: lr_factor(step, config, max_steps))
-
-
-def lr_factor(step: int, config: OptimConfig, max_steps: int) -> float:
-    """lr / peak lr of optimizer step `step` (from 0): linear warmup, 1, linear decay to min_lr_ratio.
-
-    Step warmup_steps - 1 is the first at the peak; step max_steps - 1 is at min_lr_ratio.
-    """
-    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    decay_steps = round(config.decay_fraction * max_steps)
-    steps_left = max(0, max_steps - step - 1)
-    if steps_left >= decay_steps:
-        return warmup
-    return min(warmup, config.min_lr_ratio + (1.0 - config.min_lr_ratio) * steps_left / decay_steps)

@@ -28,6 +28,7 @@ from conf.schema import TrainConfig
 FREE_SETTINGS = (
     "run_dir",
     "print_config",
+    "continue_from",
     "tracking.",
     "data.num_workers",
     "trainer.accelerator",
@@ -38,6 +39,7 @@ FREE_SETTINGS = (
     "trainer.progress_bar",
     "trainer.checkpoint_every",
     "trainer.keep_last",
+    "trainer.keep_stable",
 )
 
 
@@ -115,11 +117,11 @@ def require_same_config(path: Path, config: TrainConfig) -> None:
     require_same_settings(path, parse(TrainConfig, [str(file)]), config)
 
 
-def require_same_settings(source: Path, theirs: TrainConfig, ours: TrainConfig) -> None:
-    """Raise ValueError naming the first setting in which two configs make different runs."""
+def require_same_settings(source: Path, theirs: TrainConfig, ours: TrainConfig, besides: str = "") -> None:
+    """Raise ValueError naming the first setting, `besides` one, in which two configs make different runs."""
     held = _identity(theirs)
     for name, value in _identity(ours).items():
-        if held[name] != value:
+        if held[name] != value and name != besides:
             raise ValueError(
                 f"{source}: belongs to a run with {name}={held[name]}, this one has {name}={value}: "
                 "choose another run_dir"

@@ -35,7 +35,7 @@ def environment_for_child() -> dict[str, str]:
 def record_start(run_dir: Path) -> dict[str, str]:
     """Note in run_dir/slurm.json that this job has started here; returns the tags of the MLflow run.
 
-    The chain names every start as `job` or `job:restart`, as in `17 17:1 23`. Outside SLURM there is nothing.
+    Outside SLURM there is nothing.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
@@ -49,12 +49,7 @@ def record_start(run_dir: Path) -> dict[str, str]:
         nodes = os.environ.get("SLURM_JOB_NODELIST", "")
         starts.append({"job_id": job, "restart_count": restarts, "nodes": nodes, "time": time.time()})
         write_json(file, starts)
-    chain = [s["job_id"] + (f":{s['restart_count']}" if s["restart_count"] else "") for s in starts]
-    return {
-        "slurm_job_id": job,
-        "slurm_restart_count": str(restarts),
-        "slurm_chain": " ".join(chain),
-    }
+    return {"slurm_job_id": job, "slurm_restart_count": str(restarts)}
 
 
 def asks_for_requeue(signum: int) -> bool:

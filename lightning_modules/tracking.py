@@ -10,6 +10,7 @@ the latest by starting the same command again. Each (key, step) reaches MLflow o
         tracker.log_table({"length": [256, 512], "exact": [1.0, 0.5]}, "recall.json")
 
 leaves the run FINISHED, KILLED (a signal, Ctrl-C), FAILED (any other exception) or what the exception says.
+Its tag slurm_jobs lists every cluster job that the run has passed through.
 """
 
 import json
@@ -24,6 +25,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from conf.schema import TrackingConfig
+from lightning_modules.job import JOBS_TAG, chain, job_name
 from lightning_modules.metrics_file import MetricsFile, Point
 from lightning_modules.mlflow_store import one_line, open_store
 from lightning_modules.run_dir import is_rank_zero, write_json
@@ -64,6 +66,7 @@ class Tracker:
         self._retry_at, self._retry_seconds = 0.0, RETRY_SECONDS
         self._warned = False
         self.active = is_rank_zero()  # other ranks record nothing
+        self.final_status = "FINISHED"  # of a run that ends without an exception
         self.complete = False  # closed, and MLflow holds everything
 
     def __enter__(self) -> Self:
@@ -79,7 +82,7 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            status = "FINISHED"
+            status = self.final_status
         else:
             status = "KILLED" if issubclass(kind, Terminated | KeyboardInterrupt) else "FAILED"
             status = getattr(kind, "run_status", status)
@@ -201,10 +204,12 @@ class Tracker:
         missing = [Param(k, str(v)) for k, v in self.params.items() if k not in run.data.params]
         for i in range(0, len(missing), 100):
             client.log_batch(run.info.run_id, params=missing[i : i + 100])
+        jobs = chain(run.data.tags.get(JOBS_TAG, ""), job_name())
         tags = {
             "host": socket.gethostname(),
             "run_dir": str(self.run_dir.absolute()),
             **git_tags(),
+            **({JOBS_TAG: jobs} if jobs else {}),
             **self.tags,
             **self.config.tags,
         }

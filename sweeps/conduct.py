@@ -13,31 +13,36 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from optuna.storages import JournalStorage
 from optuna.study import Study
+from optuna.trial import TrialState
 from rich.console import Console
 
 from conf.load import flatten
-from conf.sweep_schema import Direction, SweepConfig, mitigation_points, train_points
+from conf.objectives import Direction
+from conf.sweep_schema import SweepConfig, mitigation_points
+from conf.sweep_stages import objectives_of
 from lightning_modules.tracking import Tracker
+from sweeps.budget import is_spent
 from sweeps.live import Display, duration
 from sweeps.locks import ProcessLock
-from sweeps.report import make_console, write_report
-from sweeps.results import Measured, best_settings, collect, finished, worst_collapse
-from sweeps.studies import (
+from sweeps.plans import (
     Plan,
-    enqueue,
-    load_studies,
-    make_study,
-    open_journal,
     plan_given,
     plan_mitigations,
     plan_points,
-    plan_samples,
-    retry_failed,
+    plan_siblings,
+    plan_training,
 )
+from sweeps.reconcile import mend_study, reconcile
+from sweeps.report import make_console, write_report
+from sweeps.results import Measured, best_settings, collect, finished, worst_collapse
+from sweeps.samplers import point_of, powers_of
+from sweeps.store import DatabaseGone, Store
+from sweeps.studies import enqueue, latest, make_study, retry_failed
 from sweeps.study_dir import prepare
 from sweeps.supervise import Pending, Stopped, SweepFailed, Workers
 
@@ -52,6 +57,23 @@ def no_growth(study: Study) -> Plan:
     return {}
 
 
+def grow_training(config: SweepConfig, study: Study) -> Plan:
+    """Further seeds of the points that a sampler has chosen, and further points while the budget lasts."""
+    stage, plan = config.train, Plan()
+    if stage.checkpoints or stage.sampler == "grid":
+        return plan
+    trials = latest(study)
+    if stage.every_seed:
+        for key, trial in trials.items():
+            if "/" not in key and trial.state != TrialState.WAITING:
+                plan |= plan_siblings(key, point_of(trial), stage.seeds[1:])
+    if stage.budget.is_open_ended and not is_spent(study, config):
+        waiting = sum(trial.state == TrialState.WAITING for trial in trials.values())
+        points = sum("/" not in key for key in trials) + max(0, max(1, config.workers) - waiting)
+        plan |= plan_training(config, points * (len(stage.seeds) if stage.every_seed else 1))
+    return plan
+
+
 def conduct(config: SweepConfig, command: str) -> int:
     """Run or continue the sweep; returns the exit status. `command` is what starts it again.
 
@@ -62,7 +84,10 @@ def conduct(config: SweepConfig, command: str) -> int:
         sweep = Sweep(config, study_dir, console, signals)
         try:
             sweep.run()
-        except Stopped:
+        except (Stopped, DatabaseGone) as error:
+            if isinstance(error, DatabaseGone) and not signals:
+                console.print(f"error: {error}. To go on:  {command}", soft_wrap=True, highlight=False)
+                return 1
             console.print(
                 f"Stopped; what is finished is kept. To go on:  {command}", soft_wrap=True, highlight=False
             )
@@ -83,14 +108,17 @@ class Sweep:
     """The stages of one sweep, on one study directory."""
 
     def __init__(self, config: SweepConfig, study_dir: Path, console: Console, signals: list[int]) -> None:
+        """Creates what is missing of the store, before any worker looks at it."""
         self.config, self.study_dir, self.console = config, study_dir, console
-        self.workers = Workers(study_dir, config, signals, console.print)
-        self.storage: JournalStorage = open_journal(study_dir)
+        self.store = Store(study_dir, config, create=True, stop=lambda: bool(signals))
+        self.workers = Workers(self.store, signals, console.print)
 
     def run(self) -> None:
+        for line in reconcile(self.store, holds_sweep_lock=True):
+            self._say_repaired(line)
         with self._parent("train") as tracker:
             study = self._train_study(tracker)
-            self._finish("train", study)
+            self._finish("train", study, partial(grow_training, self.config))
             models = self._models_to_mend(study)
             self._record(tracker, [study], is_last=not models)
         for model in models:
@@ -107,26 +135,23 @@ class Sweep:
         return worst_collapse(finished(self.study_dir, study), self.config)
 
     def failures(self) -> int:
-        return len(collect(self.study_dir, self.config, load_studies(self.study_dir, self.storage)).failed)
+        return len(collect(self.study_dir, self.config, self.store.load_studies()).failed)
 
     def _train_study(self, tracker: Tracker) -> Study:
         stage = self.config.train
-        seeds = stage.seeds
         if stage.checkpoints:
             paths = [str(Path(path).resolve()) for path in stage.checkpoints]
             plan = plan_given([{"checkpoint": path} for path in paths], [None])
-        elif stage.sampler == "grid":
-            plan = plan_points(train_points(self.config), seeds)
         else:
-            plan = plan_samples(stage.trials or 0, seeds)
-        return self._study("train", plan, stage.direction, stage="train", mlflow_run_id=tracker.run_id)
+            plan = plan_training(self.config, stage.budget.trials or 0)
+        return self._study("train", plan, objectives_of(stage), stage="train", mlflow_run_id=tracker.run_id)
 
     def _mitigation_study(self, model: Measured, tracker: Tracker) -> Study:
         stage = self.config.mitigation
         if stage.sampler == "grid":
             plan = plan_points(mitigation_points(self.config), [None])
         else:
-            plan = plan_mitigations(stage.space, stage.trials or 0)
+            plan = plan_mitigations(stage.space, stage.budget.trials or 0)
         plan = plan_given([BASELINE], [None]) | plan
         return self._evaluations("mitigation", model, plan, tracker)
 
@@ -139,15 +164,20 @@ class Sweep:
         return self._study(
             f"{stage}-{model.number:04d}",
             plan,
-            self.config.mitigation.direction,
+            objectives_of(self.config.mitigation),
             stage=stage,
             model=model.point.get("checkpoint", f"train/trial-{model.number:04d}"),
             mlflow_run_id=tracker.run_id,
         )
 
-    def _study(self, name: str, plan: Plan, direction: Direction, **attributes: str | None) -> Study:
-        study = make_study(self.storage, name, direction, **attributes)
+    def _study(self, name: str, plan: Plan, directions: dict[str, Direction], **attributes: Any) -> Study:
+        study = make_study(self.store, name, directions, **attributes)
+        powers = powers_of(self.config, "train" if name == "train" else "mitigation")
+        if study.user_attrs.get("powers") != powers:
+            study.set_user_attr("powers", powers)
         enqueue(study, plan)
+        for line in mend_study(self.store, study):
+            self._say_repaired(line)
         again = retry_failed(study) if self.config.retry_failed else 0
         if again:
             self.console.print(f"{name}: {again} failed trials are tried again")
@@ -160,8 +190,11 @@ class Sweep:
         returns a plan; what of it the study lacks is queued. The stage is over when no trial is open and
         `grow` adds none. A sweep that was killed goes on alike if the plan depends on the results alone.
         """
-        with Display(self.console, self.study_dir, self.config, title, [study]) as display:
+        with Display(self.console, self.store, title, [study]) as display:
             self.workers.run([study], display.update, grow=lambda: enqueue(study, grow(study)))
+
+    def _say_repaired(self, line: str) -> None:
+        self.console.print(f"repaired: {line}", soft_wrap=True, highlight=False)
 
     def _parent(self, name: str) -> Tracker:
         """The MLflow run above a stage's trials: found again by every later start."""
@@ -177,9 +210,8 @@ class Sweep:
         """The stage's values, the report so far and its figures, into the parent run; the last is printed."""
         for study in studies:
             for measured in finished(self.study_dir, study):
-                tracker.log_metrics(
-                    {f"{study.user_attrs['stage']}/value": measured.value}, step=measured.number
-                )
+                metrics = {f"{study.user_attrs['stage']}/value": measured.value}
+                tracker.log_metrics(metrics, step=measured.number)
         for path in write_report(self.study_dir, self.console if is_last else Console(quiet=True)):
             tracker.log_artifact(path, "figures" if path.suffix == ".png" else None)
 

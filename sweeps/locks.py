@@ -2,8 +2,6 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from optuna.storages.journal import JournalFileSymlinkLock
@@ -29,6 +27,10 @@ class ProcessLock:
         os.close(self._descriptor)
         self._descriptor = None
 
+    def keep(self, wait: bool = True) -> bool:
+        """Whether it is still held: the kernel takes a lock from no living process."""
+        return self._descriptor is not None
+
     def _lock(self, operation: int) -> bool:
         assert self._descriptor is None, f"{self.path}: already held"
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,17 +45,6 @@ class ProcessLock:
             raise
         self._descriptor = descriptor
         return True
-
-
-@contextmanager
-def holding(path: Path) -> Iterator[None]:
-    """Run the block while holding the lock at `path`."""
-    lock = ProcessLock(path)
-    lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class JournalLock(JournalFileSymlinkLock):

@@ -46,7 +46,7 @@ def read_subject(argv: list[str]) -> Subject:
     sweep = parse(SweepConfig, argv)
     check(sweep)
     return Subject(
-        directory=sweep.directory, tracking=sweep.tracking, trainer=train_base(sweep).trainer, is_sweep=True
+        directory=sweep.directory, tracking=sweep.tracking, trainer=train_base(sweep).trainer, sweep=sweep
     )
 
 

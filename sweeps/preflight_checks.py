@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 from conf.preflight import PreflightConfig
 from conf.schema import TrackingConfig, TrainerConfig
+from conf.sweep_schema import SweepConfig
 from lightning_modules.mlflow_store import open_store, sqlite_path
 from lightning_modules.run_dir import is_rank_zero
 from lightning_modules.slurm import environment_for_child, is_rank
@@ -36,7 +37,7 @@ class Subject:
     directory: str
     tracking: TrackingConfig
     trainer: TrainerConfig
-    is_sweep: bool = False
+    sweep: SweepConfig | None = None
 
 
 def checks_of(subject: Subject, settings: PreflightConfig) -> dict[str, Callable[[], str]]:
@@ -48,8 +49,9 @@ def checks_of(subject: Subject, settings: PreflightConfig) -> dict[str, Callable
         "locks": lambda: check_locks(directory),
         "tracking": lambda: check_tracking(subject.tracking),
     }
-    if subject.is_sweep:
-        shared["study"] = lambda: check_journal(directory)
+    sweep = subject.sweep
+    if sweep is not None:
+        shared["study"] = lambda: check_study(directory, sweep)
     every = {
         "caches": check_caches,
         "ranks": lambda: check_ranks(subject.trainer),
@@ -129,17 +131,22 @@ def check_tracking(config: TrackingConfig) -> str:
     return f"{config.uri}: experiment {config.experiment} opens"
 
 
-def check_journal(directory: Path) -> str:
-    """An Optuna journal in the study directory takes a study and a trial, and gives them back."""
-    from sweeps.studies import load_studies, make_study, open_journal
+def check_study(directory: Path, config: SweepConfig) -> str:
+    """The journal takes a study and a trial and gives them back; a database answers."""
+    from sweeps.store import Store
 
+    if config.storage.uri is not None:
+        from sweeps.postgres import require_reachable
+
+        require_reachable(config.storage.uri)
+        return "the database answers"
     with tempfile.TemporaryDirectory(prefix=".preflight-", dir=directory) as folder:
-        study = make_study(open_journal(Path(folder)), "preflight", "maximize")
+        study = Store(Path(folder), config, create=True).make_study("preflight", ["maximize"])
         study.tell(study.ask(), 1.0)
-        (found,) = load_studies(Path(folder))
+        (found,) = Store(Path(folder), config).load_studies()
         if [trial.value for trial in found.get_trials()] != [1.0]:
             raise ValueError(f"{directory}: an Optuna journal there loses what is written: choose another")
-    studies = load_studies(directory)
+    studies = Store(directory, config).load_studies()
     trials = sum(len(study.get_trials(deepcopy=False)) for study in studies)
     return f"the journal answers; {len(studies)} studies, {trials} trials so far"
 

@@ -6,7 +6,7 @@ length, collapse (recent needles lost beyond it), forgetting (far needles lost w
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,14 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from conf.mitigation import NEUTRAL_SETTINGS
+from conf.objectives import Direction
 from conf.search_space import Point
 from conf.sweep_schema import SweepConfig
-from sweeps.studies import point_of, run_directory
+from conf.sweep_stages import objectives_of
+from sweeps.budget import not_started
+from sweeps.samplers import point_of
+from sweeps.store import run_directory, stage_name
+from sweeps.studies import latest, trial_name, trials_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,9 @@ class Measured:
     run_dir: Path
     point: Point
     seed: int | None
-    value: float
+    value: float  # of the first objective
+    values: dict[str, float] = field(default_factory=dict)  # of each objective
+    broken: list[str] = field(default_factory=list)  # the bounds that do not hold
     seconds: float
     metrics: dict[str, float]
     train_length: int
@@ -104,11 +111,19 @@ class Results:
     mended: list[Mended]
     failed: list[Failed]
     open: int
+    pruned: int = 0
+    unspent: int = 0  # waiting trials that the budget leaves out
+
+    @property
+    def pareto(self) -> list[Measured]:
+        """Of several objectives: the models that no other beats in all, the first objective's best first."""
+        objectives = objectives_of(self.config.train)
+        return pareto_front(self.models, objectives) if len(objectives) > 1 else []
 
 
 def collect(study_dir: Path, config: SweepConfig, studies: list[Study]) -> Results:
     """Read every study and the evaluations of its finished trials."""
-    by_name = {study.study_name: study for study in studies}
+    by_name = {stage_name(study): study for study in studies}
     train = by_name.get("train")
     models = finished(study_dir, train) if train else []
     mended = []
@@ -122,19 +137,35 @@ def collect(study_dir: Path, config: SweepConfig, studies: list[Study]) -> Resul
                     compared=finished(study_dir, compared) if compared else [],
                 )
             )
-    trials = [trial for study in studies for trial in study.get_trials(deepcopy=False)]
+    trials = [trial for study in studies for trial in trials_of(study)]
     return Results(
         config=config,
         models=models,
         mended=mended,
         failed=[failure for study in studies for failure in _failures(study)],
         open=sum(not trial.state.is_finished() for trial in trials),
+        pruned=sum(trial.state == TrialState.PRUNED for trial in trials),
+        unspent=sum(not_started(study, config) for study in studies),
     )
+
+
+def pareto_front(models: Iterable[Measured], objectives: dict[str, Direction]) -> list[Measured]:
+    """The models within the bounds that none of these is at least as good as in all, and better in one."""
+    signs = {name: 1 if direction == "maximize" else -1 for name, direction in objectives.items()}
+    able = [(m, [sign * m.values[name] for name, sign in signs.items()]) for m in models if not m.broken]
+    front = [
+        (model, ours)
+        for model, ours in able
+        if not any(
+            theirs != ours and all(a >= b for a, b in zip(theirs, ours, strict=True)) for _, theirs in able
+        )
+    ]
+    return [model for model, _ in sorted(front, key=lambda pair: pair[1], reverse=True)]
 
 
 def finished(study_dir: Path, study: Study) -> list[Measured]:
     """The completed trials of a study, in the order of their numbers."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    trials = trials_of(study, TrialState.COMPLETE)
     return [_read(run_directory(study_dir, study, trial.number), study, trial) for trial in trials]
 
 
@@ -163,6 +194,7 @@ def best_settings(tried: list[Measured], config: SweepConfig) -> list[Measured]:
     best = []
     for name in names:
         settings = [measured for measured in tried if mitigation(measured) == name]
+        settings = [measured for measured in settings if not measured.broken] or settings
         if baseline is not None and baseline.in_length is not None:
             allowed = [
                 m for m in settings if baseline.in_length - (m.in_length or 0) <= config.mitigation.max_cost
@@ -185,6 +217,10 @@ def table_rows(results: Results) -> list[dict[str, Any]]:
         row = {"stage": stage, "run_dir": str(one.run_dir), **one.point, "seed": one.seed, "value": one.value}
         row |= {"seconds": one.seconds, "train_length": one.train_length}
         row |= {name: one.conclusion[name] for name in kept}
+        if len(one.values) > 1:
+            row |= one.values | {"pareto": any(one is other for other in results.pareto)}
+        if one.broken:
+            row["broken"] = "; ".join(one.broken)
         for name, shares in (("recent", one.recent), ("recall", one.recall)):
             row |= {f"{name}_{length}": share.exact for length, share in shares.items()}
         rows.append({name: value for name, value in row.items() if value is not None})
@@ -218,13 +254,14 @@ def _read(run_dir: Path, study: Study, trial: FrozenTrial) -> Measured:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{run_dir}: has finished, but its results cannot be read ({error})") from None
     passkey = evaluation.get("passkey") or {}
-    assert trial.value is not None
     return Measured(
         number=trial.number,
         run_dir=run_dir,
         point=point_of(trial),
         seed=shown_seed(study, trial),
-        value=trial.value,
+        value=trial.values[0],
+        values=dict(zip(study.user_attrs["objectives"], trial.values, strict=True)),
+        broken=[name for name, excess in trial.constraints.items() if excess > 0],
         seconds=trial.user_attrs["seconds"],
         metrics=metrics,
         train_length=evaluation["train_length"],
@@ -246,13 +283,12 @@ def _shares(rows: list[dict[str, Any]]) -> dict[int, Share]:
 
 def _failures(study: Study) -> list[Failed]:
     """Planned trials that have failed and were not done again since."""
-    latest = {trial.user_attrs["plan"]: trial for trial in study.get_trials(deepcopy=False)}
     return [
         Failed(
-            name=f"{study.study_name}/trial-{trial.number:04d}",
+            name=trial_name(study, trial.number),
             point=point_of(trial),
             error=trial.user_attrs.get("error", "ended without a word"),
         )
-        for trial in latest.values()
+        for trial in latest(study).values()
         if trial.state == TrialState.FAIL
     ]

@@ -1,6 +1,7 @@
 """What a study directory remembers of its sweep, so that the same command goes on and another one is refused.
 
-sweep.yaml      the resolved sweep             journal.log    the Optuna studies
+sweep.yaml      the resolved sweep             journal.log    the Optuna studies (unless storage.uri is set)
+sweep.id        names this directory in a database
 base.yaml       what every training trial starts from, overrides included
 train/trial-0000/, mitigation-0003/trial-0000/, confirm-0003/trial-0000/    run directories
 figures/, report.txt        workers/    what the workers printed        locks/    held by living processes
@@ -14,7 +15,10 @@ from conf.sweep_schema import SweepConfig, train_base
 from lightning_modules.run_dir import write_text
 
 # Settings of the machine rather than of the study: they may change from one start to the next.
-CHANGEABLE = {"workers", "retry_failed", "threads", "max_failures", "study_dir", "print_config", "train.base"}
+CHANGEABLE = {
+    *("workers", "retry_failed", "threads", "max_failures", "study_dir", "print_config", "train.base"),
+    *("storage.patience",),
+}
 
 
 def prepare(config: SweepConfig) -> Path:
@@ -44,7 +48,7 @@ def load(study_dir: Path) -> SweepConfig:
 def _refuse_another(study_dir: Path, old: dict[str, Any], new: dict[str, Any], where: str) -> None:
     for name in sorted(old.keys() | new.keys()):
         before, now = old.get(name), new.get(name)
-        grown = name.endswith(".trials") and before and now and now > before
+        grown = ".budget." in name and before is not None and (now is None or now > before)
         overridden = name.startswith("train.overrides")  # compared where it shows: in the resolved base
         if before != now and name not in CHANGEABLE and not grown and not overridden:
             raise ValueError(

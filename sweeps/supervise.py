@@ -9,10 +9,11 @@ from pathlib import Path
 
 from optuna.study import Study
 
-from conf.sweep_schema import SweepConfig
-from sweeps.studies import is_open, to_take
+from sweeps.budget import is_open
+from sweeps.claims import to_take
+from sweeps.steps import STOP_GRACE_SECONDS, last_words
+from sweeps.store import Store
 from sweeps.tether import tethered
-from sweeps.trial import STOP_GRACE_SECONDS, last_words
 from sweeps.worker import STOPPED, TOO_MANY_FAILURES
 
 
@@ -36,11 +37,10 @@ class Workers:
     They die with this process (SIGTERM, so that trials save first), and trials die with them.
     """
 
-    def __init__(
-        self, study_dir: Path, config: SweepConfig, signals: list[int], say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, store: Store, signals: list[int], say: Callable[[str], None]) -> None:
         """signals: fills with what this process receives; one asks for the end, a second hurries it."""
-        self.study_dir, self.config, self.signals, self.say = study_dir, config, signals, say
+        self.store, self.signals, self.say = store, signals, say
+        self.study_dir, self.config = store.study_dir, store.config
         self.since = time.time()
         self.crashes = 0
         self._slots: dict[int, subprocess.Popen] = {}
@@ -48,22 +48,23 @@ class Workers:
     def run(self, studies: list[Study], watch: Callable[[], None], grow: Callable[[], int]) -> None:
         """Keep workers at it until every trial of the studies has ended, calling `watch` twice a second.
 
-        `grow` may queue further trials and returns how many: it is called first and whenever one has ended.
+        `grow` may queue further trials and returns how many: it is called first and whenever one has begun
+        or ended.
         Raises Stopped after a signal, SweepFailed after too many failed trials or crashed workers.
         """
-        seen = -1  # trials that had ended when `grow` was last called
+        seen: object = None  # states of the trials when `grow` was last called
         try:
             while True:
-                # In this order: where none was open, all that have ended are counted.
-                is_over = not any(is_open(study) for study in studies)
-                ended = sum(count_ended(study) for study in studies)
-                if ended != seen:
-                    seen = ended
+                # In this order: where none was open, all that have ended are seen.
+                is_over = not any(is_open(study, self.config) for study in studies)
+                states = [states_of(study) for study in studies]
+                if states != seen:
+                    seen = states
                     is_over = not grow() and is_over
                 if is_over:
                     break
                 if self.config.workers == 0:
-                    waiting = sum(to_take(self.study_dir, [study]) for study in studies)
+                    waiting = to_take(self.store, studies)
                     raise Pending(f"{studies[0].study_name}: {waiting} trials wait for workers")
                 if self.signals:
                     self.say("Stopping: running trials save what they have (Ctrl-C again to kill them) ...")
@@ -112,7 +113,7 @@ class Workers:
         if len(self._slots) >= self.config.workers:
             return
         free = [index for index in range(self.config.workers) if index not in self._slots]
-        for index in free[: to_take(self.study_dir, studies)]:
+        for index in free[: to_take(self.store, studies)]:
             self._slots[index] = self._start(index)
 
     def _start(self, index: int) -> subprocess.Popen:
@@ -130,5 +131,5 @@ class Workers:
             )
 
 
-def count_ended(study: Study) -> int:
-    return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+def states_of(study: Study) -> list[int]:
+    return [trial.state.value for trial in study.get_trials(deepcopy=False)]

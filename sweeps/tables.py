@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from rich.console import RenderableType
 from rich.table import Table
 
+from conf.sweep_stages import objectives_of
 from lightning_modules.evaluation.conclusion import LOST, SOLVED
 from lightning_modules.figures import short_number
 from sweeps.results import Measured, Mended, Results, Share, mitigation, worst_collapse
@@ -20,14 +21,19 @@ def render(results: Results) -> list[RenderableType]:
     """The tables and sentences of the report, in order."""
     blocks: list[RenderableType] = []
     if results.models:
-        blocks += _models(results.models, results.config.train.metric)
+        blocks += _models(results)
     for mended in results.mended:
         blocks += _mitigations(mended, results)
     if results.failed:
         blocks += [f"Failed trials: {len(results.failed)} (the same command tries them again)"]
         blocks += [f"  {failed.name}  {failed.error}" for failed in results.failed]
-    if results.open:
-        blocks.append(f"Not finished: {results.open} trials are left; the same command goes on.")
+    if results.pruned:
+        blocks.append(f"Pruned: {results.pruned} training trials ended early (train.pruner).")
+    if results.unspent:
+        blocks.append(f"Budget spent: {results.unspent} trials were not begun; a larger budget goes on.")
+    if results.open > results.unspent:
+        left = results.open - results.unspent
+        blocks.append(f"Not finished: {left} trials are left; the same command goes on.")
     elif results.config.has_mitigation_stage and not worst_collapse(results.models, results.config):
         blocks.append(
             "No mitigation was tried: no model solved its task and was measured beyond 16x its length."
@@ -35,18 +41,40 @@ def render(results: Results) -> list[RenderableType]:
     return blocks
 
 
-def _models(models: Sequence[Measured], metric: str) -> list[RenderableType]:
+def _models(results: Results) -> list[RenderableType]:
+    models, front = results.models, results.pareto
+    objectives = objectives_of(results.config.train)
     table = Table(title="Models", title_justify="left")
-    for heading in ("", "at training length", "collapse", "forgetting", metric.rsplit("/", 1)[-1], "time"):
+    names = [name.rsplit("/", 1)[-1] for name in objectives]
+    further = (["Pareto"] if len(names) > 1 else []) + (["bounds"] if any(m.broken for m in models) else [])
+    for heading in ("", "at training length", "collapse", "forgetting", *names, *further, "time"):
         table.add_column(heading, justify="left" if not heading else "right")
     for model in models:
-        table.add_row(model.label, *_verdict(model), f"{model.value:.3f}", f"{model.seconds:.0f} s")
+        cells = [f"{value:.3f}" for value in model.values.values()] or [f"{model.value:.3f}"]
+        if len(names) > 1:
+            cells.append("front" if any(model is one for one in front) else "")
+        if "bounds" in further:
+            cells.append("; ".join(model.broken) and f"breaks {'; '.join(model.broken)}")
+        table.add_row(model.label, *_verdict(model), *cells, f"{model.seconds:.0f} s")
     return [
         table,
+        *_front(front, list(objectives)),
         LEGEND,
         _by_length("Recent needles: exact match by prompt length", models, lambda m: m.recent),
         _by_length("Recall over all depths: exact match by prompt length", models, lambda m: m.recall),
     ]
+
+
+def _front(front: Sequence[Measured], names: list[str]) -> list[RenderableType]:
+    """Of several objectives, the models among which only taste can choose."""
+    if len(names) < 2:
+        return []
+    table = Table(title="Pareto front: no other model is better in all of these", title_justify="left")
+    for heading in ("", *names):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for model in front:
+        table.add_row(model.label, *(f"{model.values[name]:.4g}" for name in names))
+    return [table]
 
 
 def _verdict(model: Measured) -> list[str]:
@@ -91,7 +119,7 @@ def conclusion(mended: Mended, results: Results) -> str:
     baseline, config = mended.baseline, results.config.mitigation
     assert baseline is not None
     sign = 1 if config.direction == "maximize" else -1
-    others = [measured for measured in mended.compared if mitigation(measured) != "none"]
+    others = [m for m in mended.compared if mitigation(m) != "none" and not m.broken]
     affordable = [measured for measured in others if (mended.cost(measured) or 0.0) <= config.max_cost]
     best = max(affordable or others, key=lambda m: (sign * m.value, m.held), default=None)
     if best is None:

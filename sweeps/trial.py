@@ -6,205 +6,211 @@ hand from its own config.yaml.
 """
 
 import math
-import os
-import shlex
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conf.load import parse, to_yaml
+from conf.load import parse
 from conf.schema import EvaluateConfig, TrainConfig
-from conf.sweep_schema import SweepConfig, evaluation
-from lightning_modules.run_dir import read_result, write_text
-from lightning_modules.slurm import environment_for_child
-from sweeps.studies import Claim, point_of
-from sweeps.tether import tethered
+from conf.sweep_schema import evaluation
+from conf.sweep_stages import bounds_of, objectives_of
+from sweeps import sharing
+from sweeps.claims import Claim
+from sweeps.identity import identity_of, mlflow_run_id, tags_of, write_identity
+from sweeps.pruning import GROUP, Follower, group_of, tokens_per_step
+from sweeps.samplers import point_of
+from sweeps.steps import Steps, TrialFailed
 
-STOP_GRACE_SECONDS = 30.0
-
-
-class TrialFailed(Exception):
-    """The trial ended without a result; the message says why, from its log."""
-
-
-class Interrupted(Exception):
-    """The worker was asked to stop; the trial can be continued later."""
+BEAT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a finished trial is remembered by."""
+    """What a trial that has ended is remembered by. values: by objective; empty of a pruned trial."""
 
-    value: float
+    values: dict[str, float]
+    excesses: dict[str, float] = field(default_factory=dict)
     seconds: float
-    mlflow_run_id: str | None
+    known: dict[str, Any]
+
+    @property
+    def is_pruned(self) -> bool:
+        return not self.values
 
 
-def run_trial(claim: Claim, config: SweepConfig, study_dir: Path, stop: Callable[[], bool]) -> Outcome:
-    """Run what of the trial is not done yet. Raises TrialFailed, or Interrupted once `stop()` is true."""
-    step = _Steps(threads=config.threads_per_trial, stop=stop)
-    if claim.stage == "train":
-        results, parent = [], claim.study.user_attrs["mlflow_run_id"]
-        given = point_of(claim.trial).get("checkpoint")
+def run_trial(taken: Claim, stop: Callable[[], bool]) -> Outcome:
+    """Run what of the trial is not done yet.
+
+    Raises TrialFailed; Interrupted once `stop()` is true; LostTrial when another worker has it.
+    """
+    return _Run(taken, stop).run()
+
+
+class _Run:
+    def __init__(self, taken: Claim, stop: Callable[[], bool]) -> None:
+        self.taken, self.config, self.store = taken, taken.store.config, taken.store
+        self.steps = Steps(threads=self.config.threads_per_trial, stop=stop, watch=self._watch)
+        self.follower: Follower | None = None
+        self.known: dict[str, Any] = {"run_dir": self._relative(taken.run_dir)}
+
+    def run(self) -> Outcome:
+        if self.taken.stage == "train":
+            return self._train_and_evaluate()
+        checkpoint = self.store.study_dir / self.taken.study.user_attrs["model"]
+        self._note(checkpoint=self.taken.study.user_attrs["model"])
+        settings = self._evaluate_config(self.taken.run_dir, checkpoint, point_of(self.taken.trial))
+        parent = self.taken.study.user_attrs["mlflow_run_id"]
+        result = self._step("evaluate", self.taken.run_dir, settings, parent)
+        return self._outcome([result])
+
+    def _train_and_evaluate(self) -> Outcome:
+        run_dir, point = self.taken.run_dir, point_of(self.taken.trial)
+        results, parent = [], self.taken.study.user_attrs["mlflow_run_id"]
+        given = point.get("checkpoint")
         if given is None:
-            results.append(step.run("train", claim.run_dir, _train_config(claim, config, study_dir)))
-            parent = results[0]["mlflow_run_id"]
-        settings = _evaluate_config(
-            claim,
-            config,
-            run_dir=claim.run_dir / "evaluation",
-            checkpoint=Path(given or claim.run_dir),
-            parent=parent,
-            point={},
+            trained = self._train(parent)
+            results.append(trained)
+            parent = trained["mlflow_run_id"]
+            if trained["status"] == "pruned":
+                return Outcome(values={}, seconds=trained["seconds"], known=self.known)
+        else:
+            self._note(checkpoint=given)
+        settings = self._evaluate_config(run_dir / "evaluation", Path(given or run_dir), {})
+        results.append(self._step("evaluate", run_dir / "evaluation", settings, parent))
+        return self._outcome(results)
+
+    def _train(self, parent: str | None) -> dict[str, Any]:
+        stage, trial, run_dir = self.config.train, self.taken.trial, self.taken.run_dir
+        config = self._train_config()
+        scale = tokens_per_step(config)
+        shared = self._shared()
+        skipped = shared.steps if shared else 0
+        trial.set_user_attr("tokens", float((config.trainer.max_steps - skipped) * scale))
+        self._note(
+            checkpoint=self._relative(run_dir / "checkpoints"),
+            continues=self._relative(shared.path) if shared and shared.path else None,
         )
-        results.append(step.run("evaluate", claim.run_dir / "evaluation", settings))
-        metric = config.train.metric
-    else:
-        settings = _evaluate_config(
-            claim,
-            config,
-            run_dir=claim.run_dir,
-            checkpoint=study_dir / claim.study.user_attrs["model"],
-            parent=claim.study.user_attrs["mlflow_run_id"],
-            point=point_of(claim.trial),
-        )
-        results, metric = [step.run("evaluate", claim.run_dir, settings)], config.mitigation.metric
-    return Outcome(
-        value=_pick(metric, results),
-        seconds=sum(result["seconds"] for result in results),
-        mlflow_run_id=results[0]["mlflow_run_id"],
-    )
-
-
-def last_words(log: Path, lines: int = 3) -> str:
-    """Why a command failed: its `error:` line, else the last lines of its log."""
-    text = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in text if line.startswith("error:")]
-    return errors[-1] if errors else " | ".join(text[-lines:])[-500:]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Steps:
-    """Runs the commands of a trial, each in a process group of its own that dies with this process."""
-
-    threads: int
-    stop: Callable[[], bool]
-
-    def run(self, command: str, run_dir: Path, config: Any) -> dict[str, Any]:
-        """Run `lightning_modules.<command>` on the run directory unless it is done; returns its result.
-
-        A process killed from outside (out of memory, by hand) is continued once, from its checkpoint.
-        """
-        done = _completed(run_dir)
-        if done:
-            return done
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not (run_dir / "config.yaml").exists():
-            write_text(run_dir / "config.yaml", to_yaml(config))
-        config_file = str(run_dir / "config.yaml")  # a started run leaves run_dir out of it: it may be moved
-        line = [sys.executable, "-m", f"lightning_modules.{command}", config_file, f"run_dir={run_dir}"]
-        log = run_dir / "log.txt"
-        status = self._spawn(line, log)
-        if status < 0:
-            status = self._spawn(line, log)
-        result = _completed(run_dir)
-        if result is None:
-            if self.stop():  # a batch system tells worker and trial alike: the trial may be gone first
-                raise Interrupted
-            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-            raise TrialFailed(f"{command}: {how}: {last_words(log)}")
+        environment = {}
+        overrides = [f"continue_from={shared.path}"] if shared else []
+        if stage.pruner.name != "none":
+            trial.set_user_attr(GROUP, group_of(config))
+            self.follower = Follower(self.taken, stage, config)
+            environment = self.follower.environment
+        try:
+            result = self._step("train", run_dir, config, parent, overrides, environment)
+        finally:
+            self.follower = None
+        self.known["tokens"] = float((result.get("steps", config.trainer.max_steps) - skipped) * scale)
         return result
 
-    def _spawn(self, line: list[str], log: Path) -> int:
-        if self.stop():
-            raise Interrupted
-        environment = environment_for_child()
-        environment.pop("MLFLOW_RUN_ID", None)
-        environment |= {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
-        with log.open("a") as output:
-            output.write(f"$ {shlex.join(['python', *line[1:]])}\n")
-            output.flush()
-            process = subprocess.Popen(
-                tethered(line, "SIGKILL"),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # a Ctrl-C reaches the sweep, which then stops its trials
-            )
-        while process.poll() is None:
-            if self.stop():
-                _end_group(process)
-                raise Interrupted
-            time.sleep(0.05)
-        return process.returncode
+    def _shared(self) -> sharing.Shared | None:
+        """What a shorter trial has trained already; settled once, at the trial's first start."""
+        trial, run_dir = self.taken.trial, self.taken.run_dir
+        if "shared" not in trial.user_attrs and not any((run_dir / "checkpoints").glob("*.ckpt")):
+            found = sharing.find_shared(self.store, self.taken.study, trial)
+            if found is not None:
+                print(f"{self.taken.name}: {found.why}", flush=True)
+            settled = [self._relative(found.path), found.steps] if found and found.path else None
+            trial.set_user_attr("shared", settled)
+        settled = trial.user_attrs.get("shared")
+        if settled is None:
+            return None
+        return sharing.Shared(path=self.store.study_dir / settled[0], steps=settled[1], why="")
+
+    def _step(
+        self,
+        command: str,
+        run_dir: Path,
+        config: Any,
+        parent: str | None,
+        overrides: list[str] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """Run one command; the trial's MLflow run is known as soon as there is one."""
+        identity = [f"tracking.tags.{name}={value}" for name, value in self.tags.items()]
+        tracked = [f"tracking.parent_run_id={parent}"] if parent else []
+        arguments = [*(overrides or []), *(identity + tracked if self.config.tracking.enabled else [])]
+        try:
+            result = self.steps.run(command, run_dir, config, arguments, environment or {})
+        finally:
+            self._note()
+        return result
+
+    def _note(self, **further: Any) -> None:
+        """Write down, on both sides, who is who."""
+        trial, run_dir = self.taken.trial, self.taken.run_dir
+        self.known |= further | {"mlflow_run_id": mlflow_run_id(run_dir)}
+        for name, value in self.known.items():
+            if trial.user_attrs.get(name) != value:
+                trial.set_user_attr(name, value)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        identity = identity_of(self.taken.study, trial, self.config.name, self.known)
+        write_identity(run_dir, identity)
+        self.tags = tags_of(identity) | {
+            name: str(self.known[name]) for name in ("checkpoint", "continues") if self.known.get(name)
+        }
+
+    def _relative(self, path: Path) -> str:
+        """As seen from the study directory, which may be moved."""
+        return str(path.relative_to(self.store.study_dir))
+
+    def _watch(self) -> None:
+        """Called while a command runs."""
+        if self.follower is not None:
+            self.follower.poll()
+        self.taken.beat(BEAT_SECONDS)
+
+    def _train_config(self) -> TrainConfig:
+        owned = {
+            "run_dir": str(self.taken.run_dir),
+            "seed": self.taken.trial.user_attrs["seed"],
+            "trainer.threads": self.config.threads_per_trial,
+            "trainer.progress_bar": False,
+            "trainer.keep_stable": sharing.has_lengths(self.config),
+        }
+        sources: list[Any] = [str(self.store.study_dir / "base.yaml"), point_of(self.taken.trial), owned]
+        try:
+            return parse(TrainConfig, [*sources, self._tracking()])
+        except ValueError as error:  # settings that do not go together, which a sampler may propose
+            raise TrialFailed(f"config: {error}") from None
+
+    def _evaluate_config(self, run_dir: Path, checkpoint: Path, point: dict[str, Any]) -> EvaluateConfig:
+        owned = {
+            "checkpoint": str(checkpoint),
+            "run_dir": str(run_dir),
+            "threads": self.config.threads_per_trial,
+        }
+        settings = evaluation(self.config, stage=self.taken.stage)
+        return parse(EvaluateConfig, [settings, point, owned, self._tracking()])
+
+    def _tracking(self) -> dict[str, Any]:
+        """Record where the sweep records. What the run is called comes with every start, as tags."""
+        tracking = self.config.tracking
+        return {
+            "tracking.enabled": tracking.enabled,
+            "tracking.uri": tracking.uri,
+            "tracking.experiment": tracking.experiment,
+            "tracking.tags": dict(tracking.tags),
+        }
+
+    def _outcome(self, results: list[dict[str, Any]]) -> Outcome:
+        is_training = self.taken.stage == "train"
+        stage = self.config.train if is_training else self.config.mitigation
+        metrics = {key: value for result in results for key, value in result["metrics"].items()}
+        bounds = bounds_of(stage, self.taken.stage) if self.taken.stage != "confirm" else []
+        return Outcome(
+            values={name: _pick(name, metrics, finite=True) for name in objectives_of(stage)},
+            excesses={str(b): b.excess(_pick(b.metric, metrics, finite=False)) for b in bounds},
+            seconds=sum(result["seconds"] for result in results),
+            known=self.known,
+        )
 
 
-def _completed(run_dir: Path) -> dict[str, Any] | None:
-    result = read_result(run_dir)
-    return result if result and result["status"] == "completed" else None
-
-
-def _end_group(process: subprocess.Popen) -> None:
-    """Ask the trial to save and end; kill it and its children when it takes too long."""
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(STOP_GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _train_config(claim: Claim, config: SweepConfig, study_dir: Path) -> TrainConfig:
-    owned = {
-        "run_dir": str(claim.run_dir),
-        "seed": claim.trial.user_attrs["seed"],
-        "trainer.threads": config.threads_per_trial,
-        "trainer.progress_bar": False,
-    }
-    tracking = _tracking(claim, config, claim.study.user_attrs["mlflow_run_id"])
-    try:
-        return parse(TrainConfig, [str(study_dir / "base.yaml"), point_of(claim.trial), owned, tracking])
-    except ValueError as error:  # settings that do not go together, which a sampler may propose
-        raise TrialFailed(f"config: {error}") from None
-
-
-def _evaluate_config(
-    claim: Claim,
-    config: SweepConfig,
-    *,
-    run_dir: Path,
-    checkpoint: Path,
-    parent: str | None,
-    point: dict[str, Any],
-) -> EvaluateConfig:
-    owned = {"checkpoint": str(checkpoint), "run_dir": str(run_dir), "threads": config.threads_per_trial}
-    settings = evaluation(config, stage=claim.stage)
-    return parse(EvaluateConfig, [settings, point, owned, _tracking(claim, config, parent)])
-
-
-def _tracking(claim: Claim, config: SweepConfig, parent: str | None) -> dict[str, Any]:
-    """Record where the sweep records, as a child of `parent`, under the trial's own name."""
-    tags = {"sweep": config.name, "stage": claim.stage, "trial": claim.name}
-    return {
-        "tracking.enabled": config.tracking.enabled,
-        "tracking.uri": config.tracking.uri,
-        "tracking.experiment": config.tracking.experiment,
-        "tracking.parent_run_id": parent,
-        "tracking.tags": {**config.tracking.tags, **tags},
-    }
-
-
-def _pick(metric: str, results: list[dict[str, Any]]) -> float:
-    metrics = {key: value for result in results for key, value in result["metrics"].items()}
+def _pick(metric: str, metrics: dict[str, Any], *, finite: bool) -> float:
     if metric not in metrics:
         raise TrialFailed(f"metric={metric}: not measured; there are {', '.join(sorted(metrics))}")
     value = float(metrics[metric])
-    if not math.isfinite(value):
+    if finite and not math.isfinite(value):
         raise TrialFailed(f"metric={metric}: {value}")
     return value

@@ -1,8 +1,11 @@
 """python -m sweeps.worker study=DIR [index=0] [wait=SECONDS]
 
 Run trials of a sweep, one after the other, until none is left to take. `sweeps.run` starts its own workers;
-more can be started by hand, wherever the study directory is visible. With wait=600, say, they need no
-sweeps.run beside them: they bring the sweep from stage to stage and write its report.
+more can be started by hand or as cluster jobs, wherever the study directory (and, with storage.uri, the
+database) is reachable. With wait=600 a worker outlives the pause between two stages,
+and needs no sweeps.run beside it: it brings the sweep from stage to stage and writes its report.
+
+Told to stop (SIGTERM, Ctrl-C) it lets its trial save and puts it back: another worker continues it.
 
 Ends with 0 when nothing is left, 3 after too many failed trials in a row, 143 when it was told to stop.
 """
@@ -11,11 +14,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conf.load import from_command_line, user_errors
 from conf.sweep_schema import WorkerConfig
 
-POLL_SECONDS = 1.0
+if TYPE_CHECKING:
+    from sweeps.claims import Claim
+
 TOO_MANY_FAILURES = 3
 STOPPED = 128 + signal.SIGTERM
 
@@ -26,47 +32,75 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: stopping.append(received))
     with user_errors():
-        return work(args, stopping)
+        from sweeps.store import DatabaseGone
+
+        try:
+            return work(args, stopping)
+        except DatabaseGone as error:  # a trial under way is left as it is: the next worker takes it over
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return STOPPED if stopping else 1
 
 
 def work(args: WorkerConfig, stopping: list[int]) -> int:
     """Take and run trials until none is left; `stopping` fills when a signal asks for the end."""
     from sweeps.advance import Advance
-    from sweeps.studies import claim, fail, finish, last_failures, load_studies
+    from sweeps.claims import claim
+    from sweeps.store import Store
+    from sweeps.studies import last_failures
     from sweeps.study_dir import load
-    from sweeps.trial import Interrupted, TrialFailed, run_trial
 
     study_dir = Path(args.study)
     config = load(study_dir)
     since = time.time() if args.since is None else args.since
-    studies = load_studies(study_dir)
-    advance = Advance(study_dir, stopping, say=lambda text: print(text, flush=True))
-    patient_until = time.monotonic() + args.wait
+    store = Store(study_dir, config, stop=lambda: bool(stopping))
+    advance = Advance(store, stopping, say=lambda text: print(text, flush=True))
+    idle_since = time.monotonic()
     while not stopping:
+        studies = store.load_studies()
         if last_failures(studies, since) >= config.max_failures:
             print(f"stopping: the last {config.max_failures} trials failed", flush=True)
             return TOO_MANY_FAILURES
-        taken = claim(study_dir, studies, config, args.index)
-        if taken is None:
-            if args.wait == 0 or advance.is_over() or time.monotonic() > patient_until:
-                return 0
-            time.sleep(POLL_SECONDS)
-            studies = load_studies(study_dir)
-            continue
-        try:
-            print(f"{taken.name}: started", flush=True)
-            outcome = run_trial(taken, config, study_dir, stop=lambda: bool(stopping))
-            finish(taken, outcome.value, outcome.seconds, outcome.mlflow_run_id)
-            print(f"{taken.name}: {outcome.value:g} after {outcome.seconds:.0f} s", flush=True)
-        except TrialFailed as error:
-            fail(taken, str(error))
-            print(f"{taken.name}: failed: {error}", flush=True)
-        except Interrupted:
-            print(f"{taken.name}: interrupted, to be continued", flush=True)
-        finally:
-            taken.lock.release()
-            patient_until = time.monotonic() + args.wait
+        taken = claim(store, studies)
+        if taken is not None:
+            run_one(taken, stopping)
+            idle_since = time.monotonic()
+        elif args.wait == 0 or advance.is_over() or time.monotonic() - idle_since >= args.wait:
+            return 0
+        else:
+            time.sleep(min(1.0, args.wait))
     return STOPPED
+
+
+def run_one(taken: "Claim", stopping: list[int]) -> None:
+    """Run a claimed trial and record how it ended; what stops it, but for its own failure, fails nothing."""
+    from sweeps import claims
+    from sweeps.steps import Busy, Interrupted, TrialFailed
+    from sweeps.trial import run_trial
+
+    try:
+        print(f"{taken.name}: started", flush=True)
+        outcome = run_trial(taken, stop=lambda: bool(stopping))
+        if outcome.is_pruned:
+            claims.prune(taken, outcome.seconds, outcome.known)
+            print(f"{taken.name}: pruned after {outcome.seconds:.0f} s", flush=True)
+        else:
+            claims.finish(taken, outcome.values, outcome.seconds, outcome.known, outcome.excesses)
+            values = ", ".join(f"{value:g}" for value in outcome.values.values())
+            print(f"{taken.name}: {values} after {outcome.seconds:.0f} s", flush=True)
+    except TrialFailed as error:
+        claims.fail(taken, str(error))
+        print(f"{taken.name}: failed: {error}", flush=True)
+    except Interrupted:
+        claims.put_back(taken)
+        print(f"{taken.name}: interrupted, to be continued", flush=True)
+    except Busy as error:
+        claims.put_back(taken)
+        print(f"{taken.name}: {error}; it waits again", flush=True)
+        time.sleep(2.0)
+    except claims.LostTrial as error:
+        print(str(error), flush=True)
+    finally:
+        taken.lock.release()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from conf.schema import TrainConfig
 from lightning_modules.language_model import LanguageModel
-from lightning_modules.optim import lr_factor
+from lightning_modules.schedule import lr_factor
 from lightning_modules.tracking import Tracker
 
 

@@ -16,6 +16,7 @@ from conf.load import from_dict, to_dict
 from conf.schema import TrainConfig
 from lightning_modules.checkpoints import (
     checkpoint_path,
+    keep_stable,
     link_last,
     list_checkpoints,
     prune,
@@ -24,11 +25,14 @@ from lightning_modules.checkpoints import (
 )
 from lightning_modules.finite import first_non_finite_parameter
 from lightning_modules.run_dir import RunError
+from lightning_modules.schedule import stable_steps
 from lightning_modules.termination import Termination
+from lightning_modules.verdict import await_verdict, is_judged
 
 
 class SaveCheckpoints(Checkpoint):
-    """Saves every `trainer.checkpoint_every` steps, at the last step, and when the process is asked to end.
+    """Saves every `trainer.checkpoint_every` steps, at the last step, and when the process is asked to end,
+    be it by a signal or by a pruner.
 
     Always at the end of an optimizer step, after the validation that is due there: a resumed run neither
     repeats nor skips one. A signal that arrives meanwhile waits until then.
@@ -39,6 +43,7 @@ class SaveCheckpoints(Checkpoint):
     ) -> None:
         self.config, self.folder, self.termination = config, folder, termination
         self.mlflow_run_id = mlflow_run_id
+        self.pruned = False  # the worker's pruner has ended the run at this step
         self._step = 0  # last step whose end was seen; at first that of the checkpoint
         self._rng_to_restore: dict[str, Any] | None = None
 
@@ -74,6 +79,7 @@ class SaveCheckpoints(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
+            self.pruned = self._is_to_be_pruned(trainer)
             self._end_step(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -100,10 +106,21 @@ class SaveCheckpoints(Checkpoint):
 
     def _end_step(self, trainer: pl.Trainer) -> None:
         settings, signum = self.config.trainer, self._asked_to_end(trainer)
-        if signum or self._step % settings.checkpoint_every == 0 or self._step == settings.max_steps:
+        stable = settings.keep_stable and self._step == stable_steps(self.config.optim, settings.max_steps)
+        ends = signum or self.pruned or self._step == settings.max_steps
+        if ends or stable or self._step % settings.checkpoint_every == 0:
             self._save(trainer)
+        if stable and trainer.is_global_zero:
+            keep_stable(self.folder, checkpoint_path(self.folder, self._step))
         if signum:
             self.termination.end(signum)
+        trainer.should_stop = self.pruned
+
+    def _is_to_be_pruned(self, trainer: pl.Trainer) -> bool:
+        """Rank 0 asks, all learn the answer. The last step is never pruned: the run is complete."""
+        if not is_judged() or self._step == self.config.trainer.max_steps:
+            return False
+        return bool(trainer.strategy.broadcast(trainer.is_global_zero and await_verdict(self._step)))
 
     def _asked_to_end(self, trainer: pl.Trainer) -> int | None:
         """The signal that any rank received: all of them save together."""
@@ -141,6 +158,11 @@ class AtomicCheckpointIO(CheckpointIO):
     def __init__(self, loaded: tuple[Path, dict[str, Any]] | None = None) -> None:
         self.path = None if loaded is None else loaded[0]
         self._contents = {} if loaded is None else loaded[1]
+
+    @property
+    def step(self) -> int:
+        """Where the checkpoint that was read stands; 0 without one."""
+        return self._contents.get("step", 0)
 
     def config(self) -> TrainConfig:
         """The config in the checkpoint that was read."""

@@ -1,5 +1,6 @@
 """What a run notes of the SLURM jobs that it went through, and how it asks for the next."""
 
+import json
 import os
 import signal
 import threading
@@ -25,19 +26,17 @@ def test_every_start_is_in_the_chain_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert record_start(tmp_path) == {}
     assert not (tmp_path / "slurm.json").exists()
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    assert record_start(tmp_path)["slurm_chain"] == "17"
+    assert record_start(tmp_path) == {"slurm_job_id": "17", "slurm_restart_count": "0"}
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     for _ in range(2):  # opened twice by one start
-        assert record_start(tmp_path)["slurm_chain"] == "17 17:2"
+        assert record_start(tmp_path)["slurm_restart_count"] == "2"
     monkeypatch.setenv("SLURM_JOB_ID", "25")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "23")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
     monkeypatch.delenv("SLURM_RESTART_COUNT")
-    assert record_start(tmp_path) == {
-        "slurm_job_id": "23_4",
-        "slurm_restart_count": "0",
-        "slurm_chain": "17 17:2 23_4",
-    }
+    assert record_start(tmp_path) == {"slurm_job_id": "23_4", "slurm_restart_count": "0"}
+    starts = json.loads((tmp_path / "slurm.json").read_text())
+    assert [(s["job_id"], s["restart_count"]) for s in starts] == [("17", 0), ("17", 2), ("23_4", 0)]
 
 
 def test_a_trial_that_a_rank_starts_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def test_signalled_ahead_of_its_limit_it_saves_is_requeued_and_ends_bit_identica
     assert checkout.json("runs", "cut", "result.json")["mlflow_run_id"] == run_id
     assert tags["slurm_job_id"] == job
     assert tags["slurm_restart_count"] == "1"
-    assert tags["slurm_chain"] == f"{job} {job}:1"
+    assert tags["slurm_jobs"] == f"{job} {job}.r1"
 
     evaluation = checkout.submit(
         *("--cpus-per-task=1", "slurm/evaluate.sbatch", "checkpoint=runs/cut", "suites=[passkey]"),
@@ -126,7 +126,7 @@ def test_cancelled_submitted_again_preempted_and_bereft_of_a_node_it_ends_bit_id
     whole, uri = uninterrupted(checkout.folder, *long)
     assert_ends_alike(run, whole, uri)
     run_id = checkout.json("runs", "cut", "result.json")["mlflow_run_id"]
-    assert connect(uri).get_run(run_id).data.tags["slurm_chain"] == f"{cancelled} {job} {job}:1 {job}:2"
+    assert connect(uri).get_run(run_id).data.tags["slurm_jobs"] == f"{cancelled} {job} {job}.r1 {job}.r2"
 
 
 @pytest.mark.slow

@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.sweeps.postgres_server import INSTALL, Server, binaries, server
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,3 +128,24 @@ def sweep(tmp_path: Path) -> Iterator[SweepProcess]:
         process.process.communicate()
     for module in ("sweeps.worker", "lightning_modules.train", "lightning_modules.evaluate"):
         process.wait_until_gone(module, seconds=40.0)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Server]:
+    """One PostgreSQL for the tests of this process."""
+    if binaries() is None:
+        pytest.skip(f"no PostgreSQL here: {INSTALL}")
+    with server() as running:
+        yield running
+
+
+@pytest.fixture
+def postgres(postgres_server: Server) -> str:
+    """The URL of an empty database."""
+    return postgres_server.make_database(f"db{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture(params=["journal", "postgres"])
+def storage_uri(request: pytest.FixtureRequest) -> str | None:
+    """Each kind of storage in turn."""
+    return request.getfixturevalue("postgres") if request.param == "postgres" else None

@@ -5,7 +5,8 @@ import json
 from optuna.trial import TrialState
 
 from sweeps.report import make_console
-from sweeps.studies import load_studies, point_of
+from sweeps.samplers import point_of
+from sweeps.studies import load_studies
 
 
 def test_each_mitigation_is_tuned_on_validation_text_and_reported_on_test_text(sweep):
@@ -13,7 +14,7 @@ def test_each_mitigation_is_tuned_on_validation_text_and_reported_on_test_text(s
     trained = sweep.study_dir / "train" / "trial-0001"
     before = sorted(path.name for path in trained.iterdir())
     given = ["name=mend", f"train.checkpoints=[{trained.relative_to(sweep.folder)}]"]
-    tuned = ["mitigation.yaml", *given, "mitigation.sampler=tpe", "mitigation.trials=2"]
+    tuned = ["mitigation.yaml", *given, "mitigation.sampler=tpe", "mitigation.budget.trials=2"]
     output = sweep.run(*tuned)
     study_dir = sweep.folder / "runs" / "mend"
     studies = {study.study_name: study for study in load_studies(study_dir)}

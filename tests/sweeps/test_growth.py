@@ -8,9 +8,12 @@ from optuna.trial import TrialState
 
 from conf.load import parse
 from conf.sweep_schema import SweepConfig
+from sweeps.claims import claim, fail, finish
 from sweeps.conduct import Sweep
+from sweeps.plans import Plan, plan_given
 from sweeps.report import make_console
-from sweeps.studies import Plan, claim, fail, finish, make_study, open_journal, plan_given, point_of
+from sweeps.samplers import point_of
+from sweeps.studies import make_study
 
 
 @pytest.fixture
@@ -26,12 +29,13 @@ def sweep(tmp_path, monkeypatch) -> Sweep:
 
     def work_one_off(studies: list[Study]) -> None:
         """In place of starting processes: end one trial, failing for d_state 32."""
-        taken = claim(tmp_path, studies, config, 0)
+        taken = claim(sweep.store, studies)
         if taken:
             n = point_of(taken.trial)["model.d_state"]
-            fail(taken, "why") if n == 32 else finish(taken, 1.0 / n, 1.0, None)
+            fail(taken, "why") if n == 32 else finish(taken, {"loss": 1.0 / n}, 1.0)
             taken.lock.release()
 
+    monkeypatch.setattr("sweeps.conduct.mend_study", lambda *_: [])  # these trials leave no results
     monkeypatch.setattr(sweep.workers, "_start_missing", work_one_off)
     monkeypatch.setattr("sweeps.supervise.time", SimpleNamespace(sleep=lambda _: None, monotonic=lambda: 0))
     return sweep
@@ -44,8 +48,8 @@ def double(study: Study) -> Plan:
 
 
 def test_stage_grows_from_its_results_and_ends_when_nothing_is_added(sweep):
-    study = make_study(sweep.storage, "train", "maximize", stage="train")
-    sweep._study("train", plan_given([{"model.d_state": 16}], [0]), "maximize", stage="train")
+    study = make_study(sweep.store, "train", {"loss": "maximize"}, stage="train")
+    sweep._study("train", plan_given([{"model.d_state": 16}], [0]), {"loss": "maximize"}, stage="train")
     sweep._finish("train", study, grow=double)
     trials = study.get_trials()
     assert [point_of(trial)["model.d_state"] for trial in trials] == [16, 32, 64, 128]
@@ -54,11 +58,11 @@ def test_stage_grows_from_its_results_and_ends_when_nothing_is_added(sweep):
     assert len(study.get_trials()) == 4, "the same plan again adds nothing, and retries no failure"
 
 
-def test_next_start_retries_what_failed_of_a_grown_plan(sweep, tmp_path):
-    sweep._study("train", plan_given([{"model.d_state": 16}], [0]), "maximize", stage="train")
-    study = make_study(open_journal(tmp_path), "train", "maximize", stage="train")
+def test_next_start_retries_what_failed_of_a_grown_plan(sweep):
+    sweep._study("train", plan_given([{"model.d_state": 16}], [0]), {"loss": "maximize"}, stage="train")
+    study = make_study(sweep.store, "train", {"loss": "maximize"}, stage="train")
     sweep._finish("train", study, grow=double)
-    sweep._study("train", plan_given([{"model.d_state": 16}], [0]), "maximize", stage="train")
+    sweep._study("train", plan_given([{"model.d_state": 16}], [0]), {"loss": "maximize"}, stage="train")
     retried = study.get_trials()[4:]
     assert [(trial.user_attrs["retry_of"], point_of(trial)) for trial in retried] == [
         (1, {"model.d_state": 32})

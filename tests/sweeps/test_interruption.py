@@ -80,7 +80,7 @@ def test_killed_sweep_leaves_no_orphan_and_the_same_command_goes_on(sweep):
     process.communicate()
     sweep.wait_until_gone("sweeps.worker")
     sweep.wait_until_gone("lightning_modules.train")
-    assert states(sweep.study_dir).count(TrialState.RUNNING) == 2
+    assert states(sweep.study_dir) == [TrialState.WAITING] * 3  # its workers were told, and put them back
     sweep.run()
     assert_complete(sweep.study_dir)
     assert starts(sweep.study_dir) == [1, 2, 2]
@@ -97,7 +97,7 @@ def test_interrupted_sweep_stops_its_processes_and_says_how_to_go_on(sweep, numb
     assert "Traceback" not in output
     sweep.wait_until_gone("sweeps.worker", seconds=1)
     sweep.wait_until_gone("lightning_modules.train", seconds=1)
-    assert states(sweep.study_dir) == [TrialState.RUNNING, TrialState.RUNNING, TrialState.WAITING]
+    assert states(sweep.study_dir) == [TrialState.WAITING] * 3  # two of them to be continued
     assert stage_status(sweep) == "KILLED"
 
 
@@ -138,9 +138,9 @@ def test_second_sweep_on_one_study_is_refused_and_so_is_another_config(sweep):
 @pytest.mark.slow
 def test_random_sampling_spends_its_budget_exactly_and_can_be_extended(sweep):
     options = ["train.space.optim={lr: {low: 1.0e-4, high: 1.0e-2, log: true}}", "train.sampler=random"]
-    sweep.run("train.trials=2", "workers=3", *options)
+    sweep.run("train.budget.trials=2", "workers=3", *options)
     assert states(sweep.study_dir) == [TrialState.COMPLETE] * 2
-    sweep.run("train.trials=4", "workers=2", *options)
+    sweep.run("train.budget.trials=4", "workers=2", *options)
     trials = study_of(sweep.study_dir).get_trials()
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 4
     assert len({trial.params["optim.lr"] for trial in trials}) == 4

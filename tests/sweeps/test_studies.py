@@ -11,60 +11,55 @@ from optuna.trial import TrialState
 
 from conf.load import parse
 from conf.sweep_schema import SweepConfig
+from sweeps.claims import claim, fail, finish, to_take
 from sweeps.locks import ProcessLock
-from sweeps.studies import (
-    claim,
-    enqueue,
-    fail,
-    finish,
-    last_failures,
-    load_studies,
-    make_study,
-    open_journal,
-    plan_given,
-    plan_mitigations,
-    plan_points,
-    plan_samples,
-    point_of,
-    retry_failed,
-    to_take,
-)
+from sweeps.plans import plan_given, plan_mitigations, plan_points, plan_samples
+from sweeps.samplers import point_of
+from sweeps.store import Store
+from sweeps.studies import enqueue, last_failures, make_study, retry_failed
 
 SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> SweepConfig:
+def config(tmp_path: Path, storage_uri: str | None) -> SweepConfig:
     (tmp_path / "base.yaml").write_text("{}")
     space = {"optim": {"lr": {"low": 1e-4, "high": 1e-2, "log": True}, "warmup_steps": [1, 2]}}
-    train = {"train.base": str(tmp_path / "base.yaml"), "train.space": space, "train.trials": 12}
-    return parse(SweepConfig, [{"name": "t", "train.sampler": "tpe", **train}])
+    train = {"train.base": str(tmp_path / "base.yaml"), "train.space": space, "train.budget.trials": 12}
+    store = {"storage.uri": storage_uri}
+    return parse(SweepConfig, [{"name": "t", "train.sampler": "tpe", **train, **store}])
 
 
-def make_train_study(study_dir: Path, plan):
-    study = make_study(open_journal(study_dir), "train", "maximize", stage="train", mlflow_run_id=None)
+@pytest.fixture
+def store(tmp_path: Path, config: SweepConfig) -> Store:
+    return Store(tmp_path, config, create=True)
+
+
+def make_train_study(store: Store, plan):
+    study = make_study(store, "train", {"loss": "maximize"}, stage="train", mlflow_run_id=None)
     enqueue(study, plan)
     return study
 
 
-def work(study_dir: Path, config: SweepConfig, worker: int) -> None:
-    studies = load_studies(study_dir)
-    while taken := claim(study_dir, studies, config, worker):
-        finish(taken, value=taken.trial.params["optim.lr"], seconds=1.0, mlflow_run_id=None)
+def work(study_dir: Path, config: SweepConfig) -> None:
+    store = Store(study_dir, config)
+    studies = store.load_studies()
+    while taken := claim(store, studies):
+        finish(taken, {"loss": taken.trial.params["optim.lr"]}, seconds=1.0)
         taken.lock.release()
 
 
 def claim_and_hang(study_dir: Path, config: SweepConfig, claimed) -> None:
-    taken = claim(study_dir, load_studies(study_dir), config, 0)
-    assert taken is not None
+    store = Store(study_dir, config)
+    assert claim(store, store.load_studies()) is not None
     claimed.set()
     time.sleep(60)
 
 
 @pytest.mark.timeout(120)
-def test_workers_that_start_at_once_share_the_trials_exactly(tmp_path, config):
-    study = make_train_study(tmp_path, plan_samples(12, seeds=[0, 1]))
-    workers = [SPAWN.Process(target=work, args=(tmp_path, config, i)) for i in range(4)]
+def test_workers_that_start_at_once_share_the_trials_exactly(tmp_path, config, store):
+    study = make_train_study(store, plan_samples(12, seeds=[0, 1]))
+    workers = [SPAWN.Process(target=work, args=(tmp_path, config)) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -77,31 +72,32 @@ def test_workers_that_start_at_once_share_the_trials_exactly(tmp_path, config):
 
 
 @pytest.mark.timeout(60)
-def test_trial_of_a_killed_worker_is_taken_over_with_its_parameters(tmp_path, config):
-    study = make_train_study(tmp_path, plan_samples(1, seeds=[0]))
+def test_trial_of_a_killed_worker_is_taken_over_with_its_parameters(tmp_path, config, store):
+    study = make_train_study(store, plan_samples(1, seeds=[0]))
     claimed = SPAWN.Event()
     worker = SPAWN.Process(target=claim_and_hang, args=(tmp_path, config, claimed))
     worker.start()
     claimed.wait(30)
-    assert claim(tmp_path, [study], config, 1) is None  # its worker lives
-    assert to_take(tmp_path, [study]) == 0
+    assert claim(store, [study]) is None  # its worker lives
+    assert to_take(store, [study]) == 0
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
     before = study.get_trials()[0].params
-    assert to_take(tmp_path, [study]) == 1
-    taken = claim(tmp_path, [study], config, 1)
+    assert to_take(store, [study]) == 1
+    taken = claim(store, [study])
     assert taken is not None
     assert taken.trial.number == 0
     assert taken.trial.params == before
-    finish(taken, 1.0, 1.0, None)
+    finish(taken, {"loss": 1.0}, 1.0)
     taken.lock.release()
-    assert claim(tmp_path, [study], config, 1) is None
+    assert claim(store, [study]) is None
 
 
-def test_plan_is_queued_once_and_extended_by_what_it_lacks(tmp_path):
+def test_plan_is_queued_once_and_extended_by_what_it_lacks(store, config):
+    config.train.space = {"model.d_state": [16, 64]}
     points = [{"model.d_state": n} for n in (16, 64)]
-    study = make_train_study(tmp_path, plan_points(points, seeds=[0]))
+    study = make_train_study(store, plan_points(points, seeds=[0]))
     assert enqueue(study, plan_points(points, seeds=[0])) == 0
     enqueue(study, plan_points(points, seeds=[0, 1]))
     trials = study.get_trials()
@@ -109,14 +105,14 @@ def test_plan_is_queued_once_and_extended_by_what_it_lacks(tmp_path):
     assert planned == [(16, 0), (64, 0), (16, 1), (64, 1)]
 
 
-def test_failures_in_a_row_are_counted_over_all_workers_since_a_time(tmp_path, config):
-    study = make_train_study(tmp_path, plan_samples(4, seeds=[0]))
+def test_failures_in_a_row_are_counted_over_all_workers_since_a_time(store):
+    study = make_train_study(store, plan_samples(4, seeds=[0]))
     began = time.time()
 
     def end(ok: bool) -> None:
-        taken = claim(tmp_path, [study], config, 0)
+        taken = claim(store, [study])
         assert taken is not None
-        finish(taken, 1.0, 1.0, None) if ok else fail(taken, "why")
+        finish(taken, {"loss": 1.0}, 1.0) if ok else fail(taken, "why")
         taken.lock.release()
 
     end(ok=False)
@@ -140,18 +136,19 @@ def test_mitigations_take_turns_and_share_names_of_settings_but_no_values(tmp_pa
         "hard_reset": {"every": [128, 256]},
         "sliding_window": {"window": {"low": 8, "high": 64, "log": True}},
     }
-    settings = {"mitigation.space": space, "mitigation.sampler": "tpe", "mitigation.trials": 5}
+    settings = {"mitigation.space": space, "mitigation.sampler": "tpe", "mitigation.budget.trials": 5}
     config = parse(SweepConfig, [{"name": "t", **settings}])
-    study = make_study(open_journal(tmp_path), "mitigation-0000", "maximize", stage="mitigation", model="m")
+    store = Store(tmp_path, config)
+    study = make_study(store, "mitigation-0000", {"loss": "maximize"}, stage="mitigation", model="m")
     enqueue(study, plan_given([{"mitigation.name": "none"}], [None]) | plan_mitigations(space, 5))
     failed = 0
-    while taken := claim(tmp_path, [study], config, 0):
+    while taken := claim(store, [study]):
         point = point_of(taken.trial)
         if "mitigation.window" in point and not failed:
             failed = taken.trial.number
             fail(taken, "why")
         else:
-            finish(taken, value=float(point.get("mitigation.every", 0)), seconds=1.0, mlflow_run_id=None)
+            finish(taken, {"loss": float(point.get("mitigation.every", 0))}, seconds=1.0)
         taken.lock.release()
     points = [point_of(trial) for trial in study.get_trials()]
     assert [point["mitigation.name"] for point in points] == ["none", *[*space] * 5]
@@ -165,7 +162,7 @@ def test_mitigations_take_turns_and_share_names_of_settings_but_no_values(tmp_pa
     assert all(isinstance(window, int) for window in windows)
     assert len(set(windows)) > 2
     assert retry_failed(study) == 1
-    again = claim(tmp_path, [study], config, 0)
+    again = claim(store, [study])
     assert again is not None
     assert point_of(again.trial) == point_of(study.get_trials()[failed])
     again.lock.release()

@@ -98,13 +98,19 @@ def test_each_stage_evaluates_on_prompts_of_its_own(arguments):
         ("train.space.model.headdim=[32,48]", "model.headdim=48: must divide expand * d_model = 256"),
         ("train.space.model.d_state=[16,16]", "train.space.model.d_state=[16, 16]: each value once"),
         ("train.space.model.d_state=[]", "train.space.model.d_state=[]: give at least one value"),
-        ("train.space.model.d_state=8", "write a list of values or {low: ..., high: ..., log: true}"),
-        ("train.space.model={d_state: {low: 1, high: 9}}", "a grid needs a list; a range needs sampler=tpe"),
+        (
+            "train.space.model.d_state=8",
+            "train.space.model.d_state=8: write a list of values or {low: ..., high: ..., log: true}",
+        ),
+        (
+            "train.space.model={d_state: {low: 1, high: 9}}",
+            "a grid needs a list; a range needs sampler=tpe, gp, qmc or random",
+        ),
         ("train.space.model={d_state: {low: 9, high: 1}}", "needs low < high"),
         ("train.space.seed=[1,2]", "list seeds under train.seeds"),
         ("train.seeds=[1,1]", "train.seeds=[1, 1]: give at least one seed, each once"),
-        ("train.sampler=tpe", "train.trials=None: say how many trials sampler=tpe makes"),
-        ("train.trials=3", "train.trials=3: a grid tries all its points"),
+        ("train.sampler=tpe", "train.budget.trials=None: say how many trials sampler=tpe makes"),
+        ("train.budget.trials=3", "train.budget.trials=3: a grid tries all its points"),
         ("train.base=nowhere.yaml", "train.base: nowhere.yaml: no such config file"),
         ("train.overrides.optim.lrr=1", "Key 'lrr' not in 'OptimConfig'. Did you mean: 'lr'?"),
         ("evaluate.passkey.promts=1", "Key 'promts' not in 'PasskeyEvalConfig'. Did you mean: 'prompts'?"),
@@ -127,7 +133,7 @@ def test_mistake_is_refused_by_name(arguments, override, message):
 
 
 def test_ranges_pass_with_a_sampler_and_are_checked_at_their_ends(arguments):
-    options = [*arguments, "train.sampler=tpe", "train.trials=4"]
+    options = [*arguments, "train.sampler=tpe", "train.budget.trials=4"]
     check(parse(SweepConfig, [*options, "train.space.optim={lr: {low: 1.0e-4, high: 1, log: true}}"]))
     with pytest.raises(ValueError, match=r"optim\.decay_fraction=2\.0: must lie in \[0, 1\]"):
         check(parse(SweepConfig, [*options, "train.space.optim={decay_fraction: {low: 0.0, high: 2.0}}"]))
