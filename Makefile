@@ -6,6 +6,7 @@ INDEX ?=
 STORE ?= sqlite:///runs/mlflow.db
 PORT ?= 5000
 WORKERS ?= 2
+SERVICES ?= yes
 ARGS ?=
 
 VENV := .venv
@@ -21,6 +22,7 @@ help: ## this list
 	@echo "  PYTHON=python3.12      the Python of .venv, 3.11 or newer"
 	@echo "  ARGS='workers=4'       further key=value settings of the demo, options of pytest or of the bench"
 	@echo "  WORKERS=8              processes of \`make test\`, one thread and about 1.5 GB each"
+	@echo "  SERVICES=no            \`make test\` as root on Debian or Ubuntu installs no SLURM and no PostgreSQL"
 	@echo "  STORE=URI PORT=5000    what \`make ui\` shows, and where"
 	@echo "  make setup INDEX=URL   for CUDA: the wheel index that PyTorch's install page names for your driver"
 
@@ -45,10 +47,11 @@ ui: $(STAMP) ## every run in the browser, on 127.0.0.1 only
 		--backend-store-uri $(STORE) --host 127.0.0.1 --port $(PORT) --workers 1
 
 test: $(STAMP) ## the tests, about 8 minutes on 2 cores
-	@tests/install_services.sh
+	@test $(SERVICES) = no || tests/install_services.sh
 	@$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-all: $(STAMP) ## all tests, minutes-long and GPU ones included
+	@test $(SERVICES) = no || tests/install_services.sh
 	@$(RUN) -m pytest $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy

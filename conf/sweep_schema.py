@@ -36,10 +36,13 @@ class SweepConfig:
 
     name: str = option("", "names the study; letters, digits, - and _")
     study_dir: str | None = option(None, "where the study lives; none: runs/<name>")
-    workers: int = option(2, "trials at a time, a process each")
-    threads: int | None = option(None, "CPU threads per trial; none: cores // workers")
+    workers: int = option(2, "trials at a time, a process each; 0: leave them to workers elsewhere")
+    threads: int | None = option(
+        None, "CPU threads per trial; none: cores // workers (within SLURM, its job's)"
+    )
     side_by_side: int = option(1, "passkey models that each worker trains at once, in one process")
     seed: int = option(0, "seed of the samplers")
+    retry_failed: bool = option(True, "a new start tries failed trials once more")
     max_failures: int = option(3, "stop after this many failed trials in a row")
     budget_minutes: float | None = option(None, "stop cleanly after so long; the same command goes on")
     print_config: bool = option(False, "print the resolved config and stop")
@@ -53,9 +56,10 @@ class SweepConfig:
     def __post_init__(self) -> None:
         plain = self.name.replace("-", "").replace("_", "")
         require(plain.isascii() and plain.isalnum(), "name", self.name, "use letters, digits, - and _")
-        for name in ("workers", "threads", "side_by_side", "max_failures"):
+        for name in ("threads", "side_by_side", "max_failures"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be at least 1")
+        require(self.workers >= 0, "workers", self.workers, "must be at least 0")
         require(self.seed >= 0, "seed", self.seed, "must be at least 0")
         require_at_least("mitigation", self.mitigation, 0, "checkpoints", "max_cost")
         require(self.tracking.parent_run_id is None, "tracking.parent_run_id", "...", "a sweep makes its own")
@@ -82,7 +86,8 @@ class SweepConfig:
 
     @property
     def threads_per_trial(self) -> int:
-        return self.threads or max(1, (os.cpu_count() or 1) // self.workers)
+        cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count() or 1)
+        return self.threads or max(1, cores // max(1, self.workers))
 
 
 @dataclass(kw_only=True)
@@ -94,7 +99,9 @@ class WorkerConfig:
     since: float | None = option(
         None, "count failures from this time on (seconds since 1970); none: from now"
     )
-    wait: float = option(0.0, "seconds to wait for further trials (of the next stage, say) before the end")
+    wait: float = option(
+        0.0, "seconds to wait for further trials; who waits conducts the stages where no sweeps.run does"
+    )
 
     def __post_init__(self) -> None:
         require(bool(self.study), "study", "''", "give the study directory: study=DIR")

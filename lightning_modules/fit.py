@@ -1,6 +1,7 @@
 """One training run, from an open run directory to its result."""
 
 import logging
+import os
 import platform
 import resource
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 
 from conf.load import flatten
 from conf.schema import TrainConfig
@@ -33,6 +35,7 @@ from lightning_modules.language_model import LanguageModel
 from lightning_modules.metrics_file import MetricsFile, copy_points
 from lightning_modules.run_dir import RunDir, config_hash, is_rank_zero, require_same_settings
 from lightning_modules.schedule import stable_steps
+from lightning_modules.slurm import is_rank
 from lightning_modules.termination import Termination
 from lightning_modules.tracking import Tracker
 
@@ -131,6 +134,8 @@ def prepare_process(config: TrainConfig) -> None:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_not_chatter)
+    # srun is there on every login node; whether it started us, `launcher` knows.
+    warnings.filterwarnings("ignore", message="The `srun` command is available on your system")
     # Lightning 2.6 calls a PyTorch function by its old name, on every batch.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
@@ -204,11 +209,22 @@ def build_trainer(
         deterministic=on_cpu,
         logger=TrackerLogger(tracker),
         callbacks=callbacks,
-        plugins=[checkpoint_io],
+        plugins=[checkpoint_io, *launcher()],
         default_root_dir=run.path,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def launcher() -> list[LightningEnvironment | SLURMEnvironment]:
+    """How the other ranks come to be, within a SLURM job; elsewhere Lightning finds out by itself.
+
+    Lightning would take any process of such a job for a rank that srun started, and wait for the others; and
+    it would requeue the job itself, from inside its signal handler.
+    """
+    if is_rank():
+        return [SLURMEnvironment(auto_requeue=False)]
+    return [LightningEnvironment()] if "SLURM_JOB_ID" in os.environ and "RANK" not in os.environ else []
 
 
 def final_metrics(steps: int, metrics: LogMetrics) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run in order: at the next point where nothing is lost, with an honest status."""
+"""SIGTERM, SIGUSR1 and Ctrl-C end a run in order: where nothing is lost next, with an honest status."""
 
 import os
 import signal
@@ -6,7 +6,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGUSR1 is what a batch system sends ahead of a time limit.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Terminated(SystemExit):
@@ -18,15 +19,18 @@ class Terminated(SystemExit):
 
 
 class Termination:
-    """Within the block, SIGTERM and SIGINT raise Terminated: at once, or if `deferred`, when the work looks.
+    """Within the block, the signals raise Terminated: at once, or if `deferred`, when the work looks.
 
-    A second signal never waits. Outside the main thread, where Python cannot set handlers, it does nothing,
-    nor in data workers, which inherit the handlers: the main process ends them after it has saved.
+    It is raised once. A batch system repeats its signals and sends them to parent and child alike, so only a
+    second Ctrl-C, from somebody who waits, is obeyed at once; what will not end must be killed. Outside the
+    main thread, where Python cannot set handlers, it does nothing, nor in data workers, which inherit the
+    handlers: the main process ends them after it has saved.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self.deferred = False
+        self._raised = False
         self._pid = os.getpid()
         self._previous: dict[int, object] = {}
 
@@ -48,9 +52,15 @@ class Termination:
             for signum in SIGNALS:
                 signal.signal(signum, self._handle)
 
+    def end(self, signum: int) -> None:
+        """Raise Terminated: the work has reached the point that a deferred signal waits for."""
+        self._raised = True
+        raise Terminated(signum)
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             return
-        again, self.signum = self.signum is not None, signum
-        if again or not self.deferred:
-            raise Terminated(signum)
+        is_hurried = signum == signal.SIGINT and self.signum is not None
+        self.signum = signum
+        if is_hurried or not (self.deferred or self._raised):
+            self.end(signum)

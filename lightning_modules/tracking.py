@@ -9,8 +9,8 @@ the latest by starting the same command again. Each (key, step) reaches MLflow o
         tracker.log_figure(figure, "recall.png")
         tracker.log_table({"length": [256, 512], "exact": [1.0, 0.5]}, "recall.json")
 
-leaves the run FINISHED, KILLED (SIGTERM, Ctrl-C) or FAILED (any other exception). Its tag slurm_chain lists
-every cluster job that the run has passed through.
+leaves the run FINISHED, KILLED (a signal, Ctrl-C), FAILED (any other exception) or what the exception says.
+Its tag slurm_chain lists every cluster job that the run has passed through.
 """
 
 import json
@@ -29,6 +29,7 @@ from lightning_modules.job import JOBS_TAG, chain, job_name
 from lightning_modules.metrics_file import MetricsFile, Point
 from lightning_modules.mlflow_store import one_line, open_store
 from lightning_modules.run_dir import is_rank_zero, write_json
+from lightning_modules.slurm import record_start
 from lightning_modules.termination import Terminated
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class Tracker:
 
     def __enter__(self) -> Self:
         """Open the store and the run. Raises ValueError (one line) if the store does not answer."""
+        if self.active:
+            self.tags |= record_start(self.run_dir)
         if self.config.enabled and self.active:
             self.client, experiment_id = open_store(self.config)
             self._open_run(experiment_id)
@@ -82,6 +85,7 @@ class Tracker:
             status = self.final_status
         else:
             status = "KILLED" if issubclass(kind, Terminated | KeyboardInterrupt) else "FAILED"
+            status = getattr(kind, "run_status", status)
         self.close(status)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:

@@ -27,7 +27,8 @@ from lightning_modules.run_dir import (
     read_result,
     require_same_config,
 )
-from lightning_modules.termination import Terminated
+from lightning_modules.slurm import asks_for_requeue
+from lightning_modules.termination import Terminated, Termination
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,15 +52,20 @@ def train(path: Path, config: TrainConfig) -> dict[str, Any]:
     run = open_run_dir(path, config)
     try:
         # The heavy imports come once the command is known to be right and the directory ours.
-        with heavy_imports():
-            from lightning_modules.fit import fit
+        with Termination():
+            with heavy_imports():
+                from lightning_modules.fit import fit
 
-        return fit(run)
+            return fit(run)
     except RunError as error:
         print(f"error: {path}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except Terminated as end:
         name = signal.Signals(end.signum).name
+        if asks_for_requeue(end.signum):
+            # Success: for srun, a rank that ends otherwise takes down those that are still saving.
+            print(f"{path}: stopped by {name}; its job is to be requeued and continues it", file=sys.stderr)
+            raise SystemExit(0) from None
         print(f"{path}: stopped by {name}; the same command continues", file=sys.stderr)
         raise
     finally:

@@ -8,6 +8,7 @@ Each stage of each model is one MLflow run; its trials are the children. Started
 sweep goes on where it was: finished trials are kept, interrupted ones continued, failed ones tried once more.
 """
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -46,11 +47,11 @@ from sweeps.samplers import point_of, powers_of
 from sweeps.store import DatabaseGone, Store
 from sweeps.studies import enqueue, latest, make_study, retry_failed
 from sweeps.study_dir import prepare
-from sweeps.supervise import Stopped, SweepFailed, Workers
+from sweeps.supervise import Pending, Stopped, SweepFailed, Workers
 
 BASELINE = {"mitigation.name": "none"}
 BUDGET_OVER = 0  # among received signals, whose numbers begin at 1
-STOPPED_BY_BUDGET = 75  # EX_TEMPFAIL: the same command goes on
+GOES_ON = os.EX_TEMPFAIL  # later: by the same command, or by workers elsewhere
 
 Grow = Callable[[Study], Plan]
 
@@ -72,7 +73,7 @@ def grow_training(config: SweepConfig, study: Study) -> Plan:
                 plan |= plan_siblings(key, point_of(trial), stage.seeds[1:])
     if stage.budget.is_open_ended and not is_spent(study, config):
         waiting = sum(trial.state == TrialState.WAITING for trial in trials.values())
-        points = sum("/" not in key for key in trials) + max(0, config.workers - waiting)
+        points = sum("/" not in key for key in trials) + max(0, max(1, config.workers) - waiting)
         plan |= plan_training(config, points * (len(stage.seeds) if stage.every_seed else 1))
     return plan
 
@@ -96,7 +97,11 @@ def conduct(config: SweepConfig, command: str) -> int:
             console.print(
                 f"{why}; what is finished is kept. To go on:  {command}", soft_wrap=True, highlight=False
             )
-            return STOPPED_BY_BUDGET if over else 128 + signals[0]
+            return GOES_ON if over else 128 + signals[0]
+        except Pending as pending:
+            line = f"{pending}:  python -m sweeps.worker study={study_dir} wait=600"
+            console.print(line, soft_wrap=True, highlight=False)
+            return GOES_ON
         except SweepFailed as error:
             write_report(study_dir, console)
             console.print(f"error: {error}. To go on:  {command}", soft_wrap=True, highlight=False)
@@ -191,7 +196,7 @@ class Sweep:
         enqueue(study, plan)
         for line in mend_study(self.store, study):
             self._say_repaired(line)
-        again = retry_failed(study)
+        again = retry_failed(study) if self.config.retry_failed else 0
         if again:
             self.console.print(f"{name}: {again} failed trials are tried again")
         return study

@@ -176,7 +176,7 @@ class Display:
             return None
         mean = sum(finished) / len(finished)
         left = waiting * mean + sum(max(0.0, mean - _elapsed(trial)) for _, trial in running)
-        return left / min(self.config.workers, max(1, waiting + len(running)))
+        return left / min(self.config.workers or 1, max(1, waiting + len(running)))
 
     def _progress(self, name: str, trial: FrozenTrial) -> tuple[str, float | None]:
         return progress(self._run_dir(name, trial))

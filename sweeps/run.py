@@ -5,6 +5,9 @@ with capacity.series, search how long a training length each state size needs an
 to interrupt (Ctrl-C) and to start again with the same command, which goes on. Everything is left in study_dir
 (runs/<name>) and in MLflow.
 
+workers=0 starts no workers: it makes the stores, plans and queues what the finished trials allow, and ends
+with 75 while trials are left to workers elsewhere. slurm/submit_sweep.sh begins with it.
+
 Ends with 0, with 1 when trials have failed, with 2 for a config that does not hold, with 75 when
 budget_minutes= are over and the same command goes on.
 """

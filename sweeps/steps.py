@@ -13,6 +13,7 @@ from typing import Any
 
 from conf.load import to_yaml
 from lightning_modules.run_dir import read_result, write_text
+from lightning_modules.slurm import environment_for_child
 from sweeps.tether import tethered
 
 STOP_GRACE_SECONDS = 30.0
@@ -75,7 +76,7 @@ class Steps:
             status = self._spawn([*line, *overrides], log, environment)
         result = ended(run_dir)
         if result is None:
-            if self.stop():
+            if self.stop():  # a batch system tells worker and trial alike: the trial may be gone first
                 raise Interrupted
             how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
             said = last_words(log)
@@ -93,7 +94,8 @@ class Steps:
     def _spawn(self, line: list[str], log: Path, further: Mapping[str, str]) -> int:
         if self.stop():
             raise Interrupted
-        environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_RUN_ID"}
+        environment = environment_for_child()
+        environment.pop("MLFLOW_RUN_ID", None)
         environment |= {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1", **further}
         with log.open("a") as output:
             output.write(f"$ {shlex.join(['python', *line[1:]])}\n")

@@ -25,6 +25,12 @@ class Stopped(KeyboardInterrupt):
     """The sweep was asked to stop and has stopped its workers and their trials."""
 
 
+class Pending(Exception):
+    """workers=0: trials are left to workers elsewhere; the message counts them."""
+
+    run_status = "SCHEDULED"  # what MLflow says of the stage meanwhile
+
+
 class Workers:
     """Up to `config.workers` processes of sweeps.worker on one study directory.
 
@@ -51,12 +57,15 @@ class Workers:
             while True:
                 # In this order: where none was open, all that have ended are seen.
                 is_over = not any(is_open(study, self.config) for study in studies)
-                states = [_states(study) for study in studies]
+                states = [states_of(study) for study in studies]
                 if states != seen:
                     seen = states
                     is_over = not grow() and is_over
                 if is_over:
                     break
+                if self.config.workers == 0:
+                    waiting = to_take(self.store, studies)
+                    raise Pending(f"{studies[0].study_name}: {waiting} trials wait for workers")
                 if self.signals:
                     self.say("Stopping: running trials save what they have (Ctrl-C again to kill them) ...")
                     raise Stopped
@@ -122,5 +131,5 @@ class Workers:
             )
 
 
-def _states(study: Study) -> list[int]:
+def states_of(study: Study) -> list[int]:
     return [trial.state.value for trial in study.get_trials(deepcopy=False)]

@@ -2,7 +2,8 @@
 
 Run trials of a sweep, one after the other, until none is left to take. `sweeps.run` starts its own workers;
 more can be started by hand or as cluster jobs, wherever the study directory (and, with storage.uri, the
-database) is reachable. With wait=600 a worker outlives the pause between two stages.
+database) is reachable. With wait=600 a worker outlives the pause between two stages,
+and needs no sweeps.run beside it: it brings the sweep from stage to stage and writes its report.
 
 Told to stop (SIGTERM, Ctrl-C) it lets its trial save and puts it back: another worker continues it.
 
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def work(args: WorkerConfig, stopping: list[int]) -> int:
     """Take and run trials until none is left; `stopping` fills when a signal asks for the end."""
+    from sweeps.advance import Advance
     from sweeps.store import Store
     from sweeps.studies import last_failures
     from sweeps.study_dir import load
@@ -55,6 +57,7 @@ def work(args: WorkerConfig, stopping: list[int]) -> int:
     config = load(study_dir)
     since = time.time() if args.since is None else args.since
     store = Store(study_dir, config, stop=lambda: bool(stopping))
+    advance = Advance(store, stopping, say=lambda text: print(text, flush=True))
     idle_since = time.monotonic()
     while not stopping:
         studies = store.load_studies()
@@ -67,7 +70,7 @@ def work(args: WorkerConfig, stopping: list[int]) -> int:
             for taken in together:
                 run_one(taken, stopping)
             idle_since = time.monotonic()
-        elif time.monotonic() - idle_since >= args.wait:
+        elif args.wait == 0 or advance.is_over() or time.monotonic() - idle_since >= args.wait:
             return 0
         else:
             time.sleep(min(1.0, args.wait))

@@ -1,18 +1,31 @@
 #!/usr/bin/env bash
-# Installs the servers that some tests start for themselves, where that is ours to do: as root on Debian or
-# Ubuntu. Elsewhere those tests are skipped, with the line that installs what they need.
+# Installs what some tests start for themselves: a SLURM and a PostgreSQL server. As root on Debian or Ubuntu only;
+# elsewhere, or where the packages cannot be had, those tests are skipped, each with the line that installs them.
 set -euo pipefail
-
-[[ $EUID -eq 0 ]] && command -v apt-get >/dev/null || exit 0
-
-if ! compgen -G "/usr/lib/postgresql/*/bin/postgres" >/dev/null && ! command -v postgres >/dev/null; then
-  echo "Installing postgresql for the tests that start one"
+if [[ $(id -u) != 0 || ! -e /etc/debian_version ]] || ! command -v apt-get >/dev/null; then
+  exit 0
+fi
+export PATH="$PATH:/usr/sbin:/sbin"
+packages=()
+for program in munged slurmctld slurmd sbatch srun; do
+  if ! command -v "$program" >/dev/null; then
+    packages=(munge slurmctld slurmd slurm-client)
+  fi
+done
+if ! compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null; then
+  packages+=(postgresql)
   # The tests' own server is all that shall run.
   mkdir -p /etc/postgresql-common
   [[ -e /etc/postgresql-common/createcluster.conf ]] ||
     echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf
-  export DEBIAN_FRONTEND=noninteractive
-  { apt-get update -qq && apt-get install -y -qq --no-install-recommends \
-    -o Dpkg::Options::=--force-confold postgresql; } >/dev/null ||
-    echo "postgresql could not be installed: its tests are skipped"
+fi
+if ((${#packages[@]} == 0)); then
+  exit 0
+fi
+echo "Installing for the tests: ${packages[*]}"
+export DEBIAN_FRONTEND=noninteractive
+options=(-qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20)
+if ! output=$({ timeout 300 apt-get "${options[@]}" update &&
+  timeout 300 apt-get "${options[@]}" install -y --no-install-recommends -o Dpkg::Options::=--force-confold "${packages[@]}"; } 2>&1); then
+  echo "not installed (${output##*$'\n'}): their tests are skipped"
 fi

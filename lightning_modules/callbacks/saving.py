@@ -26,7 +26,7 @@ from lightning_modules.checkpoints import (
 from lightning_modules.finite import first_non_finite_parameter
 from lightning_modules.run_dir import RunError
 from lightning_modules.schedule import stable_steps
-from lightning_modules.termination import Terminated, Termination
+from lightning_modules.termination import Termination
 from lightning_modules.verdict import await_verdict, is_judged
 
 
@@ -44,8 +44,16 @@ class SaveCheckpoints(Checkpoint):
         self.config, self.folder, self.termination = config, folder, termination
         self.mlflow_run_id = mlflow_run_id
         self.pruned = False  # the worker's pruner has ended the run at this step
-        self._step = 0  # last step whose end was seen
+        self._step = 0  # last step whose end was seen; at first that of the checkpoint
         self._rng_to_restore: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        first, last = -_highest(trainer, -self._step), _highest(trainer, self._step)
+        if first != last:  # each rank has looked for the newest checkpoint by itself
+            raise RunError(
+                f"its ranks would go on from steps {first} to {last}: their nodes do not see the same files "
+                f"in {self.folder}; put run_dir where they do"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step = trainer.global_step
@@ -93,6 +101,7 @@ class SaveCheckpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self._step = checkpoint["step"]
         self._rng_to_restore = checkpoint["rng"]
 
     def _end_step(self, trainer: pl.Trainer) -> None:
@@ -104,7 +113,7 @@ class SaveCheckpoints(Checkpoint):
         if stable and trainer.is_global_zero:
             keep_stable(self.folder, checkpoint_path(self.folder, self._step))
         if signum:
-            raise Terminated(signum)
+            self.termination.end(signum)
         trainer.should_stop = self.pruned
 
     def _is_to_be_pruned(self, trainer: pl.Trainer) -> bool:
@@ -115,10 +124,7 @@ class SaveCheckpoints(Checkpoint):
 
     def _asked_to_end(self, trainer: pl.Trainer) -> int | None:
         """The signal that any rank received: all of them save together."""
-        signum = self.termination.signum or 0
-        if trainer.world_size > 1:
-            signum = int(trainer.strategy.reduce(torch.tensor(signum), reduce_op="max"))
-        return signum or None
+        return _highest(trainer, self.termination.signum or 0) or None
 
     def _save(self, trainer: pl.Trainer) -> None:
         assert trainer.lightning_module is not None
@@ -136,6 +142,14 @@ class SaveCheckpoints(Checkpoint):
             raise RunError(
                 f"{path}: cannot be written ({error.strerror or error}); last good one: {kept}"
             ) from None
+
+
+def _highest(trainer: pl.Trainer, value: int) -> int:
+    """The highest value of all ranks."""
+    if trainer.world_size == 1:
+        return value
+    tensor = torch.tensor(value, device=trainer.strategy.root_device)  # NCCL knows no other device
+    return int(trainer.strategy.reduce(tensor, reduce_op="max"))
 
 
 class AtomicCheckpointIO(CheckpointIO):

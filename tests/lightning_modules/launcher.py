@@ -28,10 +28,8 @@ def start(function: Callable[..., Any], *arguments: Any, output: Path) -> BasePr
     return process
 
 
-def start_train(argv: list[str], output: Path) -> BaseProcess:
-    from lightning_modules.train import main
-
-    return start(main, argv, output=output)
+def start_train(argv: list[str], output: Path, **environment: str) -> BaseProcess:
+    return start(_main, environment, argv, output=output)
 
 
 def train(argv: list[str], output: Path) -> int:
@@ -53,13 +51,22 @@ def run_python(command: list[str], folder: Path, output: Path) -> int:
     return process.exitcode
 
 
-def train_on_ranks(ranks: int, argv: list[str], output: Path) -> list[int | None]:
-    """Run a training on `ranks` gloo processes, as a cluster starts them; returns their exit statuses."""
+def train_on_ranks(
+    ranks: int, argv: list[str], output: Path, own: list[list[str]] | None = None
+) -> list[int | None]:
+    """Run a training on `ranks` gloo processes, as a cluster starts them; returns their exit statuses.
+
+    own: further settings of each rank.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     argv = [*argv, f"trainer.devices={ranks}", "trainer.accelerator=cpu"]
-    processes = [start(_main_as_rank, rank, port, argv, output=output) for rank in range(ranks)]
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        start_train([*argv, *(own[rank] if own else [])], output, LOCAL_RANK=str(rank), **rendezvous)
+        for rank in range(ranks)
+    ]
     while alive := [process for process in processes if process.is_alive()]:
         if any(process.exitcode for process in processes):  # the others would wait for it
             for process in alive:
@@ -89,10 +96,10 @@ def _python(option: str, argv: list[str], folder: str) -> None:
         exec(argv[0], {"__name__": "__main__"})
 
 
-def _main_as_rank(rank: int, port: int, argv: list[str]) -> int:
+def _main(environment: dict[str, str], argv: list[str]) -> int:
     from lightning_modules.train import main
 
-    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= environment
     return main(argv)
 
 

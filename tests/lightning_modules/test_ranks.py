@@ -64,6 +64,17 @@ def cut_off(whole: Path, copy: Path) -> None:
     (copy / "result.json").unlink()
 
 
+def test_ranks_that_see_different_checkpoints_are_refused(tmp_path: Path) -> None:
+    train_on_two(tmp_path / "whole", [*SETTINGS, "trainer.keep_last=5"])
+    cut_off(tmp_path / "whole", tmp_path / "cut")
+    run_dirs = [f"run_dir={tmp_path}/{name}" for name in ("whole", "cut")]
+    (tmp_path / "whole" / "result.json").unlink()
+    output = tmp_path / "output.txt"
+    assert 1 in train_on_ranks(2, [*SETTINGS, "trainer.max_steps=6"], output, own=[[d] for d in run_dirs])
+    assert "error: " in output.read_text()
+    assert "its ranks would go on from steps 3 to 6" in output.read_text()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_train_as_one(tmp_path: Path, kind: str) -> None:
     one, two, mixed = tmp_path / "one", tmp_path / "two", tmp_path / "mixed"

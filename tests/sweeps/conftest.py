@@ -43,16 +43,18 @@ class SweepProcess:
         self.folder = folder
         self.study_dir = folder / "runs" / "tiny"
         self.process: subprocess.Popen[str] | None = None
+        self.python_path = os.pathsep.join([str(ROOT / "tests" / "sweeps" / "stand_ins"), str(ROOT)])
         (folder / "base.yaml").write_text(BASE)
         (folder / "sweep.yaml").write_text(SWEEP)
         (folder / "mitigation.yaml").write_text(MITIGATION)
 
     def start(self, *overrides: str, step_seconds: float = 0.01, **environment: str) -> subprocess.Popen[str]:
-        path = os.pathsep.join([str(ROOT / "tests" / "sweeps" / "stand_ins"), str(ROOT)])
         self.process = subprocess.Popen(
             [sys.executable, "-m", "sweeps.run", "sweep.yaml", *overrides],
             cwd=self.folder,
-            env=os.environ | {"PYTHONPATH": path, "STEP_SECONDS": str(step_seconds)} | environment,
+            env=os.environ
+            | {"PYTHONPATH": self.python_path, "STEP_SECONDS": str(step_seconds)}
+            | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
