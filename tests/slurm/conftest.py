@@ -1,7 +1,6 @@
 """One pretend cluster for all tests here, and a checkout of the project to submit from."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -71,9 +70,3 @@ def checkout(tmp_path: Path, cluster: Cluster) -> Iterator[Checkout]:
         if node not in cluster.daemons:
             cluster.start_node(node)
     cluster.wait_for(cluster.is_idle, 60, "the nodes do not come back")
-
-
-@pytest.fixture(autouse=True)
-def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert os.environ["OMP_NUM_THREADS"] == "1"

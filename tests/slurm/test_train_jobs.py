@@ -13,7 +13,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Checkout
 
 SETTINGS = [
-    *("conf/train/smoke.yaml", "trainer.accelerator=cpu", "trainer.threads=1", "trainer.max_steps=60"),
+    *("conf/train/smoke.yaml", "trainer.accelerator=cpu", "trainer.threads=1", "trainer.max_steps=150"),
     *("trainer.checkpoint_every=1000", "trainer.val_every=25", "trainer.log_every=2"),
 ]
 NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
@@ -93,7 +93,7 @@ def test_signalled_ahead_of_its_limit_it_saves_is_requeued_and_ends_bit_identica
 def test_cancelled_submitted_again_preempted_and_bereft_of_a_node_it_ends_bit_identical(
     cluster: Cluster, checkout: Checkout
 ) -> None:
-    long = ["trainer.max_steps=400", "trainer.checkpoint_every=10"]
+    long = ["trainer.max_steps=800", "trainer.checkpoint_every=10"]
     run = checkout.folder / "runs" / "cut"
     line = [*NODES, "slurm/train.sbatch", *SETTINGS, *long, "run_dir=runs/cut"]
 
