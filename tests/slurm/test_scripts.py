@@ -154,3 +154,35 @@ def test_a_sweep_that_does_not_hold_is_refused_before_it_is_submitted(commands: 
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: train.seed: ")
+
+
+@pytest.mark.parametrize("preflight", [0, 1], ids=["passes", "fails"])
+def test_a_training_starts_after_its_preflight_with_its_arguments_intact(
+    commands: tuple[Path, str], preflight: int
+) -> None:
+    folder, path = commands
+    for part in ("slurm", "sweeps", "conf"):
+        (folder / part).symlink_to(ROOT / part)
+    (folder / "logs").mkdir()
+    srun = (
+        f'printf "%s\\n" "$@" "--" >>{folder}/srun-said; [[ "$*" != *sweeps.preflight* ]] || exit {preflight}'
+    )
+    stand_in(folder, "srun", srun)
+    job = {"SLURM_JOB_ID": "8", "SLURM_JOB_NAME": "train", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "4"}
+    job |= {"SLURM_JOB_NODELIST": "localhost", "SLURM_SUBMIT_DIR": str(folder), "SLURM_CPUS_PER_TASK": "3"}
+    done = subprocess.run(
+        ["bash", "slurm/train.sbatch", "CONFIG.yaml", "run_dir=a b", "data.documents.source=*"],
+        cwd=folder,
+        env=os.environ | job | {"PATH": path, "VENV": sys.prefix, "TRACKING_URI": "http://host:5000"},
+        capture_output=True,
+        text=True,
+    )
+    calls = [call.split("\n") for call in (folder / "srun-said").read_text().split("--\n") if call]
+    assert done.returncode == preflight, done.stderr
+    assert "sweeps.preflight" in calls[0]
+    assert len(calls) == 2 - preflight
+    if preflight:
+        assert done.stderr == "error: the preflight has failed: see logs/train-8-0.out\n"
+    expected = ["CONFIG.yaml", "run_dir=a b", "data.documents.source=*", "tracking.uri=http://host:5000"]
+    for call in calls:
+        assert call[-7:-1] == [*expected, "trainer.num_nodes=2", "trainer.devices=4"]

@@ -116,7 +116,7 @@ def test_each_stage_evaluates_on_prompts_of_its_own(arguments):
         ),
         ("mitigation.space.forget_more.alpha_scale=[1.5]", "mitigation.alpha_scale=1.5: must lie in (0, 1]"),
         ("name=a/b", "name=a/b: use letters, digits, - and _"),
-        ("workers=0", "workers=0: must be at least 1"),
+        ("workers=-1", "workers=-1: must be at least 0"),
         ("trains.base=x", "Key 'trains' not in 'SweepConfig'. Did you mean one of: 'train',"),
     ],
 )
