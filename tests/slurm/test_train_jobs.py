@@ -139,7 +139,7 @@ def test_the_time_limit_itself_makes_it_save_and_come_back(cluster: Cluster, che
     cluster.wait_for_state(job, "RUNNING")
     wait_until_training(cluster, run)
     cluster.wait_for_state(job, "PENDING")
-    (saved,) = list_checkpoints(run / "checkpoints")
+    saved = list_checkpoints(run / "checkpoints")[0]
     run_id = checkout.json("runs", "long", "tracking.json")["run_id"]
     cluster.start_requeued(job, TimeLimit="10")
     wait_until_training(cluster, run, step=last_step(run) + 10)
