@@ -8,15 +8,22 @@ from typing import Any
 JOBS_TAG = "slurm_chain"
 
 
-def job_name() -> str | None:
-    """`4711`, `4711:2` after the second requeue, `4700_3` for an element of an array; None outside SLURM."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if not job:
-        return None
+def job_id() -> str | None:
+    """`4711`, or `4700_3` for an element of an array; None outside SLURM."""
     if os.environ.get("SLURM_ARRAY_TASK_ID"):
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    return job + (f":{restarts}" if restarts else "")
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID") or None
+
+
+def restart_count() -> int:
+    """How often the job was requeued."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def job_name() -> str | None:
+    """`4711`, `4711:2` after the second requeue; None outside SLURM."""
+    job, restarts = job_id(), restart_count()
+    return f"{job}:{restarts}" if job and restarts else job
 
 
 def holder() -> dict[str, Any]:

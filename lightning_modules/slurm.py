@@ -11,6 +11,7 @@ import signal
 import time
 from pathlib import Path
 
+from lightning_modules.job import job_id, restart_count
 from lightning_modules.run_dir import is_rank_zero, write_json
 
 REQUEUE_FILE = "LONGSTATE_REQUEUE"
@@ -37,12 +38,9 @@ def record_start(run_dir: Path) -> dict[str, str]:
 
     Outside SLURM there is nothing.
     """
-    job = os.environ.get("SLURM_JOB_ID")
+    job, restarts = job_id(), restart_count()
     if job is None:
         return {}
-    if "SLURM_ARRAY_TASK_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
     file = run_dir / "slurm.json"
     starts = json.loads(file.read_text()) if file.is_file() else []
     if not starts or (starts[-1]["job_id"], starts[-1]["restart_count"]) != (job, restarts):

@@ -191,7 +191,7 @@ def test_trials_that_really_train_carry_the_job_that_ran_them(cluster: Cluster, 
     for trial in trials:
         tags = client.get_run(checkout.json(str(trial))["mlflow_run_id"]).data.tags
         assert tags["slurm_job_id"] in jobs
-        assert f"[{tags['slurm_job_id']}]" in tags["slurm_jobs"]
+        assert tags["slurm_job_id"] in tags["slurm_chain"]
         assert [start["job_id"] for start in checkout.json(str(trial.with_name("slurm.json")))] == [
             tags["slurm_job_id"]
         ]
