@@ -210,6 +210,12 @@ class TrainerConfig:
 
     max_steps: int = option(1000, "optimizer steps")
     accumulate: int = option(1, "micro-batches per optimizer step; divides data.batch_size")
+    segment_length: int | None = option(
+        None, "tokens read at a time, recomputed backwards: memory of a segment, exact gradients; none: all"
+    )
+    truncate_after: int | None = option(
+        None, "segments after which gradients of the state are cut (truncated backpropagation); none: never"
+    )
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "device type")
     devices: int = option(1, "devices per node")
     num_nodes: int = option(1, "nodes")
@@ -226,8 +232,11 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         names = ["max_steps", "accumulate", "devices", "num_nodes", "log_every", "val_every", "keep_last"]
         require_at_least("trainer", self, 1, *names, "checkpoint_every")
-        if self.threads is not None:
-            require_at_least("trainer", self, 1, "threads")
+        optional = ("threads", "segment_length", "truncate_after")
+        require_at_least("trainer", self, 1, *(name for name in optional if getattr(self, name) is not None))
+        needs_segments = self.truncate_after is None or self.segment_length is not None
+        remedy = "counts segments: give trainer.segment_length as well"
+        require(needs_segments, "trainer.truncate_after", self.truncate_after, remedy)
 
 
 @dataclass(kw_only=True)

@@ -7,6 +7,7 @@ from kernels.native.build import cpu_features
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc refuses more
+_MAPPED_BYTES = 256 * 2**10
 
 
 def keep_freed_memory() -> None:
@@ -16,10 +17,23 @@ def keep_freed_memory() -> None:
     training step on the CPU. Does nothing on other C libraries. Memory in use does not grow; memory kept by
     the process stays at its peak.
     """
+    _mallopt({_M_MMAP_THRESHOLD: _LARGEST_MMAP_THRESHOLD, _M_TRIM_THRESHOLD: 2**31 - 1})
+
+
+def map_large_tensors() -> None:
+    """Let glibc map every large tensor by itself: what training in segments needs on the CPU.
+
+    A border's state lives through the whole step. In the hole that a freed activation leaves, it makes the
+    hole too small for the next one: memory would grow with every segment, by as much as if all were kept.
+    """
+    _mallopt({_M_MMAP_THRESHOLD: _MAPPED_BYTES})
+
+
+def _mallopt(settings: dict[int, int]) -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        for name, value in settings.items():
+            libc.mallopt(name, value)
 
 
 def has_native_bf16() -> bool:

@@ -30,7 +30,7 @@ from lightning_modules.checkpoints import (
     read_checkpoint,
     read_weights,
 )
-from lightning_modules.cpu import has_native_bf16, keep_freed_memory
+from lightning_modules.cpu import has_native_bf16, keep_freed_memory, map_large_tensors
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.metrics_file import MetricsFile, copy_points
 from lightning_modules.run_dir import RunDir, config_hash, is_rank_zero, require_same_settings
@@ -126,7 +126,10 @@ def fit(run: RunDir) -> dict[str, Any]:
 
 def prepare_process(config: TrainConfig) -> None:
     """Threads, seeds, and silence about what concerns no one."""
-    keep_freed_memory()
+    if config.trainer.segment_length is None:
+        keep_freed_memory()
+    else:
+        map_large_tensors()
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     # Deterministic algorithms would also fill every new tensor with NaN first: slow, and nothing reads those.

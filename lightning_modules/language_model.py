@@ -18,6 +18,7 @@ from lightning_modules.initial_state import Batch, FittedNoise, InitialState, No
 from lightning_modules.mitigations import build_mitigation
 from lightning_modules.optim import build_optimizer, build_schedule
 from lightning_modules.run_dir import RunError
+from lightning_modules.segments import hidden_by_segments, segmented_losses
 from lightning_modules.state import ModelState
 
 INITIAL_STATES: dict[str, type[InitialState]] = {
@@ -68,12 +69,15 @@ class LanguageModel(pl.LightningModule):
         first = (part * self.trainer.world_size + self.global_rank) * count
         rows = Rows(self.global_step, part, first, count)
         state = self.initial_state.begin(self.model, batch, rows)
-        losses, final = self.model.token_losses(
+        losses, final = segmented_losses(
+            self.model,
             batch["ids"],
             batch["targets"],
             state,
             document_starts=batch.get("document_starts"),
             mitigation=self.mitigation,
+            length=self.config.trainer.segment_length,
+            truncate_after=self.config.trainer.truncate_after,
         )
         self.initial_state.end(batch, rows, final)
         loss = (batch["loss_weight"] * losses).sum()
@@ -124,19 +128,25 @@ class LanguageModel(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sums for val/loss; for rows with an answer also whether each of its tokens is the likeliest."""
-        hidden, _ = self.model.hidden(
-            batch["ids"], document_starts=batch.get("document_starts"), mitigation=self.mitigation
+        answer, targets = batch["answer"], batch["targets"]
+        losses, wrong = torch.empty(answer.shape, device=answer.device), torch.zeros_like(answer)
+        pieces = hidden_by_segments(
+            self.model,
+            batch["ids"],
+            document_starts=batch.get("document_starts"),
+            mitigation=self.mitigation,
+            length=self.config.trainer.segment_length,
         )
-        losses = linear_cross_entropy(hidden, self.model.lm_head.weight, batch["targets"])
+        for span, hidden in pieces:
+            losses[:, span] = linear_cross_entropy(hidden, self.model.lm_head.weight, targets[:, span])
+            asked = answer[:, span]
+            guesses = F.linear(hidden[asked], self.model.lm_head.weight).argmax(-1)
+            wrong[:, span][asked] = guesses != targets[:, span][asked]
         loss = (batch["loss_weight"] * losses).sum()
         self._add("loss", loss)
         self._add("weight", batch["loss_weight"].sum())
         if not math.isfinite(loss.item()):
             raise self._non_finite(f"val/loss is {loss.item()}", [(batch, None)])
-        answer = batch["answer"]
-        guesses = F.linear(hidden[answer], self.model.lm_head.weight).argmax(-1)
-        wrong = torch.zeros_like(answer)
-        wrong[answer] = guesses != batch["targets"][answer]
         rows = answer.any(1)
         self._add("digits", answer.sum())
         self._add("right_digits", answer.sum() - wrong.sum())

@@ -54,6 +54,7 @@ def require_side_by_side(config: TrainConfig) -> None:
     trainer, name = config.trainer, "side_by_side"
     require(trainer.devices * trainer.num_nodes == 1, name, "...", "needs trainer.devices=1, num_nodes=1")
     require(trainer.precision == "32-true", name, "...", "needs trainer.precision=32-true")
+    require(trainer.segment_length is None, name, "...", "reads whole rows: leave trainer.segment_length out")
     require(config.data.name == "passkey", name, "...", "trains passkey prompts: data.name=passkey")
     alone = config.continue_from is None and not trainer.keep_stable
     require(alone, name, "...", "neither continues another run nor is continued: train lengths alone")
