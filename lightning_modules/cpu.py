@@ -10,6 +10,18 @@ _LARGEST_MMAP_THRESHOLD = 32 * 2**20  # glibc refuses more
 _MAPPED_BYTES = 256 * 2**10
 
 
+LONG = 8192  # tokens that a process reads at a time
+
+
+def settle_memory(tokens: int, in_segments: bool) -> None:
+    """How glibc treats freed memory, by the tokens that the process reads at a time: speed matters where they
+    are few, memory where they are many."""
+    if in_segments or tokens >= LONG:
+        map_large_tensors()
+    else:
+        keep_freed_memory()
+
+
 def keep_freed_memory() -> None:
     """Let glibc hand freed activations out again instead of returning them to the kernel.
 

@@ -30,9 +30,10 @@ from lightning_modules.checkpoints import (
     read_checkpoint,
     read_weights,
 )
-from lightning_modules.cpu import has_native_bf16, keep_freed_memory, map_large_tensors
+from lightning_modules.cpu import has_native_bf16, settle_memory
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.metrics_file import MetricsFile, copy_points
+from lightning_modules.planning.estimate import rows_of
 from lightning_modules.run_dir import RunDir, config_hash, is_rank_zero, require_same_settings
 from lightning_modules.schedule import stable_steps
 from lightning_modules.slurm import is_rank
@@ -126,10 +127,8 @@ def fit(run: RunDir) -> dict[str, Any]:
 
 def prepare_process(config: TrainConfig) -> None:
     """Threads, seeds, and silence about what concerns no one."""
-    if config.trainer.segment_length is None:
-        keep_freed_memory()
-    else:
-        map_large_tensors()
+    segment = config.trainer.segment_length
+    settle_memory(rows_of(config) * (segment or config.data.train_length), segment is not None)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     # Deterministic algorithms would also fill every new tensor with NaN first: slow, and nothing reads those.

@@ -1,0 +1,129 @@
+"""Peak memory, step time and what to change, for one device of a training."""
+
+from dataclasses import dataclass, replace
+
+from conf.schema import TrainConfig
+from lightning_modules.planning import sizes
+
+GIB = 2**30
+USABLE = 0.92  # of a device's memory: the rest is fragmentation and what libraries take
+SHORTEST_SEGMENT = 512
+SLAB_BYTES = 128 * 2**20  # states and gradients that the scan's backward pass holds on a GPU, at least
+
+
+@dataclass(frozen=True)
+class Device:
+    """memory in bytes; flops: of a large matrix product in the run's precision, a second; efficiency: the
+    share of it that a step reaches (docs/benchmarks.md: 51 to 60% on an H200, half on a CPU)."""
+
+    name: str
+    memory: float
+    flops: float
+    on_gpu: bool
+    efficiency: float = 0.5
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by what they hold, at the peak of a step; seconds of an optimizer step."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    cast_weights: int  # bf16 copies of matrices, within a forward pass
+    borders: int  # states between segments
+    activations: int
+    tokens: int  # ids, targets, weights, losses of the whole rows
+    seconds: float
+    tokens_per_step: int
+
+    @property
+    def peak(self) -> int:
+        held = self.parameters + self.gradients + self.optimizer + self.cast_weights
+        return held + self.borders + self.activations + self.tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices together."""
+        return self.tokens_per_step / self.seconds
+
+
+def devices_of(config: TrainConfig) -> int:
+    return config.trainer.devices * config.trainer.num_nodes
+
+
+def rows_of(config: TrainConfig) -> int:
+    """Rows of one micro-batch on one device."""
+    return max(1, config.data.batch_size // (config.trainer.accumulate * devices_of(config)))
+
+
+def estimate(config: TrainConfig, device: Device) -> Estimate:
+    """What one device holds and takes. A step's rows are shared by all devices."""
+    c, e, rows, length = config.model, sizes.element(config), rows_of(config), config.data.train_length
+    segment = min(config.trainer.segment_length or length, length)
+    segments = -(-length // segment)
+    count = sizes.parameters(c)
+    per_token = sizes.saved_per_token(c, e, device.on_gpu) + sizes.workspace_per_token(c, e)
+    states = sizes.state_bytes(c, e)
+    activations = rows * segment * per_token
+    if device.on_gpu:
+        of_scan = 2 * e * rows * segment / sizes.STATE_CHUNK * c.n_heads * c.headdim * c.d_state
+        activations += min(of_scan, max(SLAB_BYTES, of_scan / 16))
+    passes = 3 if segments == 1 else 4  # forward, backward as two, and once more forward
+    work = passes * sizes.flops_per_token(c) * config.data.batch_size * length
+    return Estimate(
+        parameters=4 * count,
+        gradients=4 * count,
+        optimizer=8 * count,
+        cast_weights=2 * sizes.matrix_parameters(c) if e == 2 else 0,
+        borders=rows * states * (segments if segments > 1 else 1),
+        activations=round(activations),
+        tokens=rows * length * 32,
+        seconds=work / (devices_of(config) * device.flops * device.efficiency),
+        tokens_per_step=config.data.batch_size * length,
+    )
+
+
+def fits(result: Estimate, device: Device) -> bool:
+    return result.peak <= USABLE * device.memory
+
+
+def with_segments(config: TrainConfig, length: int | None) -> TrainConfig:
+    return replace(config, trainer=replace(config.trainer, segment_length=length))
+
+
+def longest_segment(config: TrainConfig, device: Device) -> int | None:
+    """The longest segment that fits, a power of two, the whole row if it can be; None if none does."""
+    length = config.data.train_length
+    if fits(estimate(with_segments(config, None), device), device):
+        return length
+    segment = 1 << (length - 1).bit_length() - 1
+    while segment >= SHORTEST_SEGMENT:
+        if fits(estimate(with_segments(config, segment), device), device):
+            return segment
+        segment //= 2
+    return None
+
+
+def advice(config: TrainConfig, device: Device) -> list[str]:
+    """Settings to change, each with its reason; none where all is well."""
+    now, lines = estimate(config, device), []
+    longest, length = longest_segment(config, device), config.data.train_length
+    segment = config.trainer.segment_length or length
+    rows = rows_of(config)
+    if longest is None:
+        held = now.parameters + now.gradients + now.optimizer
+        if held > USABLE * device.memory:
+            least = -(-held // int(USABLE * device.memory))
+            taken = f"parameters, gradients and optimizer alone take {held / GIB:.1f} GiB"
+            lines.append(f"{taken}: shard them (ZeRO) over {least} devices or more")
+        elif rows > 1:
+            lines.append(f"trainer.accumulate={config.trainer.accumulate * rows}: one row at a time")
+    elif not fits(now, device):
+        small = estimate(with_segments(config, longest), device)
+        gain = f"peak {small.peak / GIB:.1f} GiB, exact gradients, recomputed once"
+        lines.append(f"trainer.segment_length={longest}: {gain}")
+    elif longest > segment:
+        words = "trainer.segment_length=null" if longest == length else f"trainer.segment_length={longest}"
+        lines.append(f"{words}: fits as well, and recomputes less")
+    return lines

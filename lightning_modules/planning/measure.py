@@ -1,0 +1,95 @@
+"""The device that is here, and three steps of a training on it: memory beyond the process's own, and time."""
+
+import gc
+import os
+import resource
+import time
+
+import torch
+
+from conf.schema import TrainConfig
+from lightning_modules.backbone import Mamba2LM
+from lightning_modules.cpu import settle_memory
+from lightning_modules.optim import build_optimizer
+from lightning_modules.planning.estimate import Device, Estimate, estimate, rows_of
+from lightning_modules.segments import segmented_losses
+
+STEPS = 3
+
+
+def device_here(config: TrainConfig, cpu: bool) -> Device:
+    """Its memory, and the speed of a large product in the run's precision, measured within a second."""
+    on_gpu = torch.cuda.is_available() and not cpu
+    place = torch.device("cuda" if on_gpu else "cpu")
+    dtype = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else torch.float32
+    size = 8192 if on_gpu else 1024
+    a = torch.randn(size, size, device=place, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        if on_gpu:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    if on_gpu:
+        properties = torch.cuda.get_device_properties(0)
+        return Device(properties.name, properties.total_memory, 2 * size**3 / best, on_gpu=True)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Device("this CPU", memory, 2 * size**3 / best, on_gpu=False)
+
+
+def measure(config: TrainConfig) -> Estimate:
+    """Three optimizer steps on random tokens, one micro-batch each. The peak is what they add to the process
+    (on a GPU: what PyTorch allocates); seconds are those of a whole step with all its micro-batches."""
+    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    place = torch.device("cuda" if on_gpu else "cpu")
+    segment = config.trainer.segment_length
+    settle_memory(rows_of(config) * (segment or config.data.train_length), segment is not None)
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    _step(config, place, length=64)  # what libraries load when they are first called is not the model's
+    gc.collect()
+    before = 0.0 if on_gpu else _resident()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = _step(config, place, config.data.train_length)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _peak() - before
+    micro_batches = config.trainer.accumulate
+    predicted = estimate(config, Device("", 0, 1.0, on_gpu))
+    return Estimate(
+        parameters=0, gradients=0, optimizer=0, cast_weights=0, borders=0, activations=round(peak), tokens=0,
+        seconds=seconds * micro_batches,
+        tokens_per_step=predicted.tokens_per_step,
+    )  # fmt: skip
+
+
+def _step(config: TrainConfig, place: torch.device, length: int) -> float:
+    """Seconds of the fastest of three steps of one micro-batch."""
+    torch.manual_seed(config.seed)
+    model = Mamba2LM(config.model).to(place)
+    optimizer = build_optimizer(model, config.optim)
+    bf16 = config.trainer.precision == "bf16-mixed"
+    times = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        ids = torch.randint(config.model.vocab_size, (rows_of(config), length + 1), device=place)
+        with torch.autocast(place.type, torch.bfloat16, enabled=bf16):
+            losses, _ = segmented_losses(model, ids[:, :-1], ids[:, 1:], length=config.trainer.segment_length)
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _resident() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
