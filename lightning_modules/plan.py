@@ -5,7 +5,7 @@
 Prints parameters, memory by what holds it, time of a step, tokens/s of all devices, and what to change.
 With measure=true it runs three steps here and prints what they took beside it.
 
-    python -m lightning_modules.plan conf/train/mamba2-370m.yaml device=h200 data.train_length=262144
+    python -m lightning_modules.plan conf/train/mamba2-370m-256k.yaml device=h200
     python -m lightning_modules.plan conf/train/demo.yaml measure=true
 
 Ends with 0, with 2 for a config that does not hold or that cannot fit, naming the setting to change.

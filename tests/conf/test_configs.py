@@ -12,6 +12,7 @@ from conf.schema import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(ROOT.glob("conf/train/*.yaml"))
+LENGTHS = sorted(ROOT.glob("conf/train/length/*.yaml"))
 
 
 def test_configs_are_shipped() -> None:
@@ -25,6 +26,15 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(path: Path, tmp_pa
     copy.write_text(to_yaml(config))
     assert parse(TrainConfig, [str(copy)]) == config
     assert from_dict(TrainConfig, to_dict(config)) == config
+
+
+@pytest.mark.parametrize("path", LENGTHS, ids=lambda path: path.stem)
+def test_every_length_goes_with_every_size(path: Path) -> None:
+    for size in SHIPPED:
+        if size.stem.startswith("mamba2-"):
+            config = parse(TrainConfig, [str(size), str(path)])
+            tokens = config.data.train_length * config.data.batch_size
+            assert tokens == max(2**19, config.data.train_length)
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
