@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.ssd import Mitigation, ssd_scan
-from kernels.ssd import hopper_launch as launching
+from kernels.ssd import hopper_schedule as scheduling
 from kernels.ssd.triton_scan import triton_scan
 from kernels.tuning import forced
 from tests.kernels.test_triton_scan import check, discretised
@@ -42,7 +42,7 @@ def test_outputs_and_gradients(
     check_close: Close,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launching, "SLAB_BYTES", 1)  # many slabs
+    monkeypatch.setattr(scheduling, "SLAB_BYTES", 1)  # many slabs
     starts = torch.rand(sizes[:2], device="cuda") < 0.02 if documents else None
     check(discretised(*sizes, D=D, initial=documents), check_close, dtype, starts, segments)
 
@@ -134,7 +134,7 @@ def test_sliding_window(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Against the chunked scan in fp32, which is held to the oracle elsewhere."""
-    monkeypatch.setattr(launching, "SLAB_BYTES", 1)  # many slabs
+    monkeypatch.setattr(scheduling, "SLAB_BYTES", 1)  # many slabs
     batch, length, heads = sizes[:3]
     leaves = discretised(*sizes, D="channel", initial=False)
     given = {n: leaves[n].to(dtype) for n in ("x", "B", "C")} | {"D": leaves["D"]}
