@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.schema import TrackingConfig
-from lightning_modules.imports import heavy_imports
+from lightning_modules.imports import UNUSED_BY_MLFLOW, heavy_imports
 
 if TYPE_CHECKING:
     from mlflow.tracking.client import MlflowClient
@@ -54,7 +54,7 @@ def connect(uri: str) -> "MlflowClient":
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # Prints a stack for every error that it also raises; we report those in one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    with heavy_imports():
+    with heavy_imports(UNUSED_BY_MLFLOW):
         from mlflow.tracking.client import MlflowClient
 
         client = MlflowClient(tracking_uri=uri)  # imports what its kind of store needs
