@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ class Steps:
                 if self.stop():
                     raise Interrupted
                 self.watch()
-                time.sleep(0.05)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.05)
         except BaseException:
             _end_group(process)
             raise

@@ -4,7 +4,8 @@ An evaluation keeps what a process of its own gives: it fails, hangs, is killed 
 begins with random numbers and threads that nobody has used, so its results are those of a fresh process to
 the last bit. It is a session of its own, dies with the server, and the server dies with its worker.
 
-The server never computes: a process that has started threads, or CUDA, must not fork.
+The server never computes: a process that has started PyTorch's threads, or CUDA, must not fork. (Those of
+OpenBLAS and jemalloc, which importing starts, take care of forks themselves.)
 
     worker -> server   {"line": ["lightning_modules.evaluate", ...], "log": FILE, "checkpoint": PATH}
     server -> worker   {"pid": 123}, then {"status": 0}, negative for a signal
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -78,6 +80,7 @@ class EvaluationServer:
     ) -> Evaluation:
         """Run `python -m LINE` there, its output behind that of `log`. environment: that of a new server."""
         if self._process is None or self._process.poll() is not None:
+            self.close()
             with log.open("a") as output:
                 self._process = subprocess.Popen(
                     tethered([sys.executable, "-m", "sweeps.warm"], "SIGKILL"),
@@ -116,10 +119,9 @@ def serve() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(2, 1)
-    import lightning_modules.preload
+    warnings.filterwarnings("ignore", message="This process .* is multi-threaded")  # Python 3.12; see above
     from lightning_modules.preload import keep_loaded
 
-    del lightning_modules
     while text := requests.readline():
         request = json.loads(text)
         keep_loaded(request["checkpoint"])
