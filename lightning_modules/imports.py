@@ -43,7 +43,7 @@ def _hidden(names: tuple[str, ...]) -> Iterator[None]:
         return find(name)
 
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: `import name` fails
-    Distribution.from_name = staticmethod(from_name)  # type: ignore[method-assign, assignment]
+    Distribution.from_name = staticmethod(from_name)  # type: ignore[method-assign]
     try:
         yield
     finally:

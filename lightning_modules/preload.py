@@ -8,14 +8,6 @@ from lightning_modules.mlflow_store import quieten
 
 quieten()
 with heavy_imports():
-    import matplotlib.backends.backend_agg
-    import matplotlib.font_manager
-    import mlflow.store.tracking.sqlalchemy_store
-    import mlflow.tracking.client
-    import pandas  # MLflow's tables
-
-    import lightning_modules.evaluation.bench
-    import lightning_modules.evaluation.run
     from lightning_modules.checkpoints import keep_loaded
 
 __all__ = ["keep_loaded"]

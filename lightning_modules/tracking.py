@@ -105,9 +105,7 @@ class Tracker:
             self._warn(f"{self.metrics.path}: cannot be written ({error.strerror})")
         if self.client is not None:
             self._pending.extend(point for point in fresh if (point.key, point.step) not in self._held)
-            is_due = (
-                len(self._pending) >= FLUSH_POINTS or time.monotonic() - self._flushed_at > FLUSH_SECONDS
-            )
+            is_due = len(self._pending) >= FLUSH_POINTS or time.monotonic() - self._flushed_at > FLUSH_SECONDS
             if is_due and (self._sending is None or self._sending.done()):
                 self._sending = self._sender.submit(self.flush)
 

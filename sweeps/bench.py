@@ -163,7 +163,7 @@ def _time_import(code: str) -> float:
 
 
 def _log_points(count: int, uri: str, folder: Path) -> dict[str, float]:
-    """What logging takes from the thread that trains, with MLflow and without, and what is left at the end."""
+    """What logging takes from the thread that trains, with MLflow and without, and what the end takes."""
     from conf.schema import TrackingConfig
     from lightning_modules.tracking import Tracker
 

@@ -129,7 +129,7 @@ class Steps:
         except BaseException:
             _end_group(process)
             raise
-        return process.returncode
+        return process.wait()
 
 
 def ended(run_dir: Path) -> dict[str, Any] | None:

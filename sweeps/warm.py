@@ -1,4 +1,4 @@
-"""Evaluations without a fresh interpreter each: a server per worker imports and loads once, and forks for each.
+"""Evaluations without a fresh interpreter each: a worker's server imports and loads once, and forks for each.
 
 An evaluation keeps what a process of its own gives: it fails, hangs, is killed and writes its log alone, and
 begins with random numbers and threads that nobody has used, so its results are those of a fresh process to
