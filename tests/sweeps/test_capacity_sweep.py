@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from sweeps.conduct import STOPPED_BY_BUDGET
+from sweeps.conduct import GOES_ON
 from sweeps.store import stage_name
 from sweeps.studies import load_studies
 from tests.sweeps.conftest import SweepProcess
@@ -49,7 +49,7 @@ def outcomes(study: SweepProcess) -> dict[tuple[str, ...], str]:
 @pytest.mark.timeout(300)
 def test_search_grows_stops_with_its_budget_and_goes_on_to_the_same_end(study, tmp_path):
     slow = {"step_seconds": 0.05, **LAW}
-    first = study.run("budget_minutes=0.1", status=STOPPED_BY_BUDGET, **slow)
+    first = study.run("budget_minutes=0.1", status=GOES_ON, **slow)
     assert "Stopped after budget_minutes=0.1" in first
     assert "To go on:" in first
     study.start(**slow)
