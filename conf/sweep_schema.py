@@ -41,6 +41,9 @@ class SweepConfig:
         None, "CPU threads per trial; none: cores // workers (within SLURM, its job's)"
     )
     side_by_side: int = option(1, "passkey models that each worker trains at once, in one process")
+    warm: bool = option(
+        True, "evaluations start from a process that has imported and loaded what they need, not from none"
+    )
     seed: int = option(0, "seed of the samplers")
     retry_failed: bool = option(True, "a new start tries failed trials once more")
     max_failures: int = option(3, "stop after this many failed trials in a row")

@@ -8,6 +8,7 @@ plain dicts, lists, scalars and tensors. Whatever is read here is read with `wei
     load_config(path)     the training config that made it
 """
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -196,6 +197,37 @@ def prune(folder: Path, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
+def keep_loaded(path: str | Path) -> None:
+    """Keep the model of the training checkpoint at `path` in memory, for this process and those it forks.
+
+    The one kept before is forgotten. What cannot be read is left to whoever needs it.
+    """
+    path = Path(path)
+    paths = list_checkpoints(path / "checkpoints") if path.is_dir() else [path]
+    if not paths or (path / WEIGHTS).is_file() or _kept_of(paths[0]) is not None:
+        return
+    _KEPT.clear()
+    with contextlib.suppress(ValueError):
+        stamp, contents = _stamp(paths[0]), read_checkpoint(paths[0])
+        weights = {PREFIX + name: value for name, value in model_weights(contents).items()}
+        _KEPT[stamp] = {**{name: contents[name] for name in ("config", "step")}, "state_dict": weights}
+
+
+# The model that a process that forks evaluations keeps: at most one, by its file as it was when it was read.
+_KEPT: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+
+def _kept_of(file: Path) -> dict[str, Any] | None:
+    return _KEPT.get(_stamp(file)) if _KEPT else None
+
+
+def _stamp(file: Path) -> tuple[Any, ...]:
+    if not file.is_file():
+        return (str(file),)
+    stat = file.stat()
+    return (str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
 def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and parameters of the model at `path`."""
     if (path / WEIGHTS).is_file():
@@ -207,7 +239,11 @@ def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _load_checkpoint(path: Path) -> dict[str, Any]:
     """The training checkpoint at `path`, a .ckpt or a run directory."""
     if not path.is_dir():
-        return read_checkpoint(path)
+        return _kept_of(path) or read_checkpoint(path)
+    if paths := list_checkpoints(path / "checkpoints"):
+        kept = _kept_of(paths[0])
+        if kept is not None:
+            return kept
     newest = find_newest(path / "checkpoints")
     if newest is None:
         raise ValueError(f"{path}: holds neither checkpoints/step=*.ckpt nor {WEIGHTS}: train it first")

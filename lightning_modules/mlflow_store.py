@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.schema import TrackingConfig
-from lightning_modules.imports import heavy_imports
+from lightning_modules.imports import UNUSED_BY_MLFLOW, heavy_imports
 
 if TYPE_CHECKING:
     from mlflow.tracking.client import MlflowClient
@@ -48,17 +48,22 @@ def open_store(config: TrackingConfig) -> tuple["MlflowClient", str]:
 
 
 def connect(uri: str) -> "MlflowClient":
-    """MLflow's client, imported here with its chatter switched off."""
+    """MLflow's client, imported here."""
+    quieten()
+    with heavy_imports(UNUSED_BY_MLFLOW):
+        from mlflow.tracking.client import MlflowClient
+
+        client = MlflowClient(tracking_uri=uri)  # imports what its kind of store needs
+    return client
+
+
+def quieten() -> None:
+    """Switch off MLflow's chatter: before it is imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # Prints a stack for every error that it also raises; we report those in one line.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    with heavy_imports():
-        from mlflow.tracking.client import MlflowClient
-
-        client = MlflowClient(tracking_uri=uri)  # imports what its kind of store needs
-    return client
 
 
 def sqlite_path(uri: str) -> Path | None:

@@ -3,6 +3,7 @@
 The store must answer when a run starts; after that it never stops the work. A store that fails later (full,
 locked, gone) costs one warning; points stay in run_dir/metrics.jsonl and are sent when it answers again, at
 the latest by starting the same command again. Each (key, step) reaches MLflow once, over any number of kills.
+Points are sent by a thread beside the work, which never waits for a store.
 
     with Tracker(config.tracking, run_dir, name="...", params=flatten(config)) as tracker:
         tracker.log_metrics({"val/loss": 1.2}, step=100)
@@ -17,9 +18,11 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow.tracking.client import MlflowClient
 
-FLUSH_POINTS = 200
+FLUSH_POINTS = 1000
 FLUSH_SECONDS = 5.0
 RETRY_SECONDS = 30.0  # after a failure; doubles each time
 LAST_ATTEMPTS = 3  # when the run ends
@@ -60,7 +63,10 @@ class Tracker:
         self.run_id: str | None = None
         self.client: MlflowClient | None = None
         self.metrics = MetricsFile(run_dir / "metrics.jsonl")
-        self._pending: list[Point] = []
+        self._pending: list[Point] = []  # added to at its end here, taken from its beginning by the sender
+        self._sender = ThreadPoolExecutor(1, thread_name_prefix="tracker")
+        self._sending: Future[bool] | None = None
+        self._flushing = threading.Lock()
         self._held: set[tuple[str, int]] = set()  # what MLflow had when this process started
         self._flushed_at = time.monotonic()
         self._retry_at, self._retry_seconds = 0.0, RETRY_SECONDS
@@ -98,9 +104,10 @@ class Tracker:
         except OSError as error:
             self._warn(f"{self.metrics.path}: cannot be written ({error.strerror})")
         if self.client is not None:
-            self._pending += [point for point in fresh if (point.key, point.step) not in self._held]
-            if len(self._pending) >= FLUSH_POINTS or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
-                self.flush()
+            self._pending.extend(point for point in fresh if (point.key, point.step) not in self._held)
+            is_due = len(self._pending) >= FLUSH_POINTS or time.monotonic() - self._flushed_at > FLUSH_SECONDS
+            if is_due and (self._sending is None or self._sending.done()):
+                self._sending = self._sender.submit(self.flush)
 
     def log_figure(self, figure: "Figure", name: str) -> Path:
         """Save a matplotlib figure as run_dir/name (.png) and in MLflow."""
@@ -125,6 +132,10 @@ class Tracker:
 
     def flush(self, force: bool = False) -> bool:
         """Send what is pending; True if nothing is left. After a failure, waits its time unless forced."""
+        with self._flushing:
+            return self._flush(force)
+
+    def _flush(self, force: bool) -> bool:
         if self.client is None or not self._pending:
             return True
         if not force and time.monotonic() < self._retry_at:
@@ -145,6 +156,7 @@ class Tracker:
 
     def close(self, status: str) -> None:
         """Send the rest and set the run's status; sets `complete` if MLflow has everything then."""
+        self._sender.shutdown()
         self.complete = self.client is None
         if self.complete:
             return

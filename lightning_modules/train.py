@@ -18,7 +18,7 @@ from typing import Any
 
 from conf.load import flatten, from_command_line, user_errors
 from conf.schema import TrainConfig
-from lightning_modules.imports import heavy_imports
+from lightning_modules.imports import UNUSED_BY_LIGHTNING, heavy_imports
 from lightning_modules.run_dir import (
     RunError,
     is_rank_zero,
@@ -53,7 +53,7 @@ def train(path: Path, config: TrainConfig) -> dict[str, Any]:
     try:
         # The heavy imports come once the command is known to be right and the directory ours.
         with Termination():
-            with heavy_imports():
+            with heavy_imports(UNUSED_BY_LIGHTNING):
                 from lightning_modules.fit import fit
 
             return fit(run)

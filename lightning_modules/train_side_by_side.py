@@ -12,7 +12,7 @@ from pathlib import Path
 
 from conf.load import from_command_line, parse, user_errors
 from conf.schema import SideBySideConfig, TrainConfig
-from lightning_modules.imports import heavy_imports
+from lightning_modules.imports import UNUSED_BY_LIGHTNING, heavy_imports
 from lightning_modules.run_dir import open_run_dir, read_result
 from lightning_modules.termination import Terminated
 
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = [open_run_dir(path, parse(TrainConfig, [str(path / "config.yaml")])) for path in paths]
         if not runs:
             return 0
-        with heavy_imports():
+        with heavy_imports(UNUSED_BY_LIGHTNING):
             from lightning_modules.side_by_side import report, train_side_by_side
 
         try:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from conf.load import to_yaml
 from lightning_modules.run_dir import read_result, write_text
 from lightning_modules.slurm import environment_for_child
 from sweeps.tether import tethered
+from sweeps.warm import Evaluation, evaluation_server
 
 STOP_GRACE_SECONDS = 30.0
 ASKED_TO_END = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
@@ -47,6 +49,7 @@ class Steps:
     threads: int
     stop: Callable[[], bool]
     watch: Callable[[], None]
+    warm: bool = False  # evaluations by this process's server
 
     def run(
         self,
@@ -68,12 +71,13 @@ class Steps:
         if not (run_dir / "config.yaml").exists():
             write_text(run_dir / "config.yaml", to_yaml(config))
         config_file = str(run_dir / "config.yaml")  # a started run leaves run_dir out of it: it may be moved
+        checkpoint = config.checkpoint if self.warm and command == "evaluate" else None
         line = [sys.executable, "-m", f"lightning_modules.{command}", config_file, f"run_dir={run_dir}"]
         log = run_dir / "log.txt"
-        status = self._spawn([*line, *overrides], log, environment)
+        status = self._spawn([*line, *overrides], log, environment, checkpoint)
         if status < 0 or status in ASKED_TO_END:
             self._await_stop()
-            status = self._spawn([*line, *overrides], log, environment)
+            status = self._spawn([*line, *overrides], log, environment, checkpoint)
         result = ended(run_dir)
         if result is None:
             if self.stop():  # a batch system tells worker and trial alike: the trial may be gone first
@@ -91,7 +95,10 @@ class Steps:
         while not self.stop() and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    def _spawn(self, line: list[str], log: Path, further: Mapping[str, str]) -> int:
+    def _spawn(
+        self, line: list[str], log: Path, further: Mapping[str, str], checkpoint: str | None = None
+    ) -> int:
+        """Run the command, in the evaluation server where it evaluates a `checkpoint`; its exit status."""
         if self.stop():
             raise Interrupted
         environment = environment_for_child()
@@ -100,24 +107,29 @@ class Steps:
         with log.open("a") as output:
             output.write(f"$ {shlex.join(['python', *line[1:]])}\n")
             output.flush()
-            process = subprocess.Popen(
-                tethered(line, "SIGKILL"),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # a Ctrl-C reaches the sweep, which then stops its trials
-            )
+            process: subprocess.Popen | Evaluation
+            if checkpoint is not None:
+                process = evaluation_server().start(line[2:], log, checkpoint, environment)
+            else:
+                process = subprocess.Popen(
+                    tethered(line, "SIGKILL"),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    start_new_session=True,  # a Ctrl-C reaches the sweep, which then stops its trials
+                )
         try:
             while process.poll() is None:
                 if self.stop():
                     raise Interrupted
                 self.watch()
-                time.sleep(0.05)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.05)
         except BaseException:
             _end_group(process)
             raise
-        return process.returncode
+        return process.wait()
 
 
 def ended(run_dir: Path) -> dict[str, Any] | None:
@@ -126,7 +138,7 @@ def ended(run_dir: Path) -> dict[str, Any] | None:
     return result if result and result["status"] in ("completed", "pruned") else None
 
 
-def _end_group(process: subprocess.Popen) -> None:
+def _end_group(process: subprocess.Popen | Evaluation) -> None:
     """Ask the trial to save and end; kill it and its children when it takes too long."""
     if process.poll() is not None:
         return

@@ -17,7 +17,7 @@ from lightning_modules.run_dir import write_text
 # Settings of the machine rather than of the study: they may change from one start to the next.
 CHANGEABLE = {
     *("workers", "retry_failed", "threads", "max_failures", "study_dir", "print_config", "train.base"),
-    *("storage.patience", "side_by_side", "budget_minutes"),
+    *("storage.patience", "side_by_side", "budget_minutes", "warm"),
     # A search for thresholds is a function of the outcomes so far: it goes on over other lengths, too.
     *("capacity.lengths", "capacity.coarse", "capacity.resamples"),
 }

@@ -69,7 +69,8 @@ def train_side_by_side(claims: Sequence[Claim], stop: Callable[[], bool]) -> Non
 class _Run:
     def __init__(self, taken: Claim, stop: Callable[[], bool]) -> None:
         self.taken, self.config, self.store = taken, taken.store.config, taken.store
-        self.steps = Steps(threads=self.config.threads_per_trial, stop=stop, watch=self._watch)
+        threads, warm = self.config.threads_per_trial, self.config.warm
+        self.steps = Steps(threads=threads, stop=stop, watch=self._watch, warm=warm)
         self.follower: Follower | None = None
         self.known: dict[str, Any] = {"run_dir": self._relative(taken.run_dir)}
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_ndtr
 
 from sweeps.laws.forms import FORMS, Floats, Form
 from sweeps.laws.thresholds import Interval
@@ -238,6 +237,8 @@ def _minimise(cost: Callable[[Floats], float], values: Floats, step: float) -> A
 def _log_probability(low: Floats, high: Floats) -> Floats:
     """log(Phi(high) - Phi(low)) without cancellation in either tail."""
     low, high = np.where(low > 0, -high, low), np.where(low > 0, -low, high)  # into the left tail
+    from scipy.special import log_ndtr  # a worker imports this module, and fits nothing
+
     upper, lower = log_ndtr(high), log_ndtr(low)
     gap = np.minimum(lower - upper, -1e-12)
     return upper + np.log1p(-np.exp(gap))

@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -188,6 +189,30 @@ def full_disk(store: TrackingConfig) -> Iterator[None]:
     with closing(sqlite3.connect(str(sqlite_path(store.uri)))) as database:
         for i in range(len(writes)):
             database.execute(f"DROP TRIGGER full{i}")
+
+
+def test_work_does_not_wait_for_a_slow_store(store: TrackingConfig, tmp_path: Path) -> None:
+    """10,000 points: the thread that trains hands them over, whatever time the store takes."""
+    tracker = make_tracker(store, tmp_path / "run")
+    longest = 0.0
+    with tracker:
+        assert tracker.client is not None
+        log_batch = tracker.client.log_batch
+
+        def slow(*args: Any, **kwargs: Any) -> None:
+            time.sleep(0.2)
+            log_batch(*args, **kwargs)
+
+        tracker.client.log_batch = slow  # type: ignore[method-assign]
+        for step in range(1000):
+            began = time.perf_counter()
+            tracker.log_metrics({f"key{key}": float(step + key) for key in range(10)}, step)
+            longest = max(longest, time.perf_counter() - began)
+    assert tracker.complete
+    assert longest < 0.2
+    for key in (0, 9):
+        expected = [(step, float(step + key)) for step in range(1000)]
+        assert read_points(store, tracker, f"key{key}") == expected
 
 
 def test_a_full_store_costs_one_warning_and_no_point(

@@ -124,6 +124,7 @@ def test_a_sweep_is_cancelled_reported_and_goes_on_through_all_its_stages(
         assert cluster.state(sweep.element(index)) == "COMPLETED"
 
 
+@pytest.mark.slow
 def test_a_preempted_worker_is_requeued_and_a_lost_node_costs_no_trial(
     sweep: SweepJobs, cluster: Cluster, checkout: Checkout
 ) -> None:

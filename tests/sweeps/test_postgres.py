@@ -125,6 +125,7 @@ def test_mistakes_are_one_line(tmp_path, config, postgres):
     assert "secret" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_sweep_survives_a_killed_server(sweep, postgres, postgres_server):
     sweep.start(f"storage.uri={postgres}", step_seconds=0.3)
