@@ -70,7 +70,9 @@ def run(run_dir: Path, stop_when: str | None = None) -> dict:
 
 
 def pids(run_dir: Path) -> list[int]:
-    return [int(line) for line in (run_dir / "starts").read_text().splitlines()]
+    """Of the evaluations that have begun there."""
+    starts = run_dir / "starts"
+    return [int(line) for line in starts.read_text().splitlines()] if starts.exists() else []
 
 
 def is_alive(pid: int) -> bool:
@@ -126,7 +128,7 @@ def test_a_killed_server_takes_its_evaluation_along_and_is_replaced(
     line = ["lightning_modules.evaluate", str(tmp_path / "sleeps" / "config.yaml")]
     evaluation = server.start(line, log, "-", dict(os.environ))
     deadline = time.monotonic() + 60
-    while not (tmp_path / "sleeps" / "starts").exists():
+    while not pids(tmp_path / "sleeps"):
         assert evaluation.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
