@@ -1,8 +1,8 @@
 """python -m tests.campaign [--seed N] [--each N] [--lanes NAME,...] [--out DIR] [--keep DIR]
 
-At least `each` faults of every kind, on a seeded schedule, over sweeps of tiny trials; after every sweep, what a
-sweep promises is checked. Prints a line per fault and sweep, then the table; with --out the table as
-reliability.json and the figure. Ends with 1 where a promise was broken; --keep is where such sweeps are kept.
+At least `each` faults of every kind, on a seeded schedule, over sweeps of tiny trials; after every sweep, what
+a sweep promises is checked. Prints a line per fault and sweep, then the table; with --out the table, the
+numbers and the figure. Ends with 1 where a promise was broken; --keep is where such sweeps are kept.
 """
 
 import argparse
@@ -90,9 +90,10 @@ class Campaign:
                 finally:
                     arena.clean()
                 outcomes.append(outcome)
+                verdict = f"BROKEN: {' / '.join(outcome.broken)}" if outcome.broken else "kept"
                 self.say(
                     f"{name} ({sampler}): {sum(outcome.struck.values())} faults, {outcome.starts} starts, "
-                    f"{outcome.seconds:.0f} s; {'BROKEN: ' + ' / '.join(outcome.broken) if outcome.broken else 'kept'}"
+                    f"{outcome.seconds:.0f} s; {verdict}"
                 )
                 number += 1
                 if number > 40:

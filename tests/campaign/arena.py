@@ -55,10 +55,14 @@ class Spec:
     def text(self, name: str) -> str:
         budget = "" if self.sampler == "grid" else f"  budget: {{trials: {self.budget}}}\n"
         seeds = {12: "[0, 1]", 4: "[0]"}.get(self.budget, f"[{', '.join(map(str, range(self.budget // 6)))}]")
-        space = "{model.d_state: [8, 16], optim.lr: [0.001, 0.004]}" if self.budget == 4 else SPACES[self.sampler]
+        space = (
+            "{model.d_state: [8, 16], optim.lr: [0.001, 0.004]}" if self.budget == 4 else SPACES[self.sampler]
+        )
         store = f"storage: {{uri: '{self.uri}', patience: 90}}\n" if self.uri else "storage: {patience: 90}\n"
         suite = (
-            "evaluate: {suites: [passkey], passkey.lengths: [128, 256], passkey.prompts: 4}\n" if self.real else ""
+            "evaluate: {suites: [passkey], passkey.lengths: [128, 256], passkey.prompts: 4}\n"
+            if self.real
+            else ""
         )
         uri = "sqlite:///tracking/mlflow.db"
         return (

@@ -25,7 +25,9 @@ Fingerprint = dict[str, Any]  # plan -> point, value, what the result holds, wit
 
 def broken_promises(arena: Arena, undisturbed: Fingerprint | None) -> list[str]:
     """undisturbed: what the same sweep came to without faults; None where its sampler learns."""
-    found = [f"sweeps.run shows a traceback: {tail(Path(p))}" for p in arena.outputs if has_traceback(Path(p))]
+    found = [
+        f"sweeps.run shows a traceback: {tail(Path(p))}" for p in arena.outputs if has_traceback(Path(p))
+    ]
     lines = [arena.command("sweeps.reconcile") for _ in range(2)]
     for done in lines:
         if done.returncode != 0:
@@ -105,8 +107,8 @@ def _lost(arena: Arena, study: Study) -> list[str]:
 
 
 def _twice(arena: Arena, study: Study) -> list[str]:
-    """Completed once: by the ledger, which every stand-in writes when it has put its result in place; and by the
-    directories, of which one holds each planned trial."""
+    """Completed once: by the ledger, which every stand-in writes when it has put its result in place; and by
+    the directories, of which one holds each planned trial."""
     ledger = arena.home / "completed"
     found = []
     if ledger.exists():
@@ -137,7 +139,9 @@ def _damaged(arena: Arena) -> list[str]:
         answer = sqlite3.connect(database).execute("PRAGMA integrity_check").fetchall()
         if answer != [("ok",)]:
             found.append(f"{database.name}: {answer}")
-        left = sqlite3.connect(database).execute("SELECT count(*) FROM runs WHERE status = 'RUNNING'").fetchone()
+        left = (
+            sqlite3.connect(database).execute("SELECT count(*) FROM runs WHERE status = 'RUNNING'").fetchone()
+        )
         if left[0]:
             found.append(f"{left[0]} MLflow runs left RUNNING")
     return found

@@ -13,14 +13,14 @@ from tests.campaign.arena import Arena
 from tests.campaign.checks import broken_promises
 from tests.campaign.faults import Inflict, fired
 
-STARTS = 60  # a sweep that has not ended after so many starts is stuck
+STARTS = 6  # a sweep that stops so often without a fault in between is stuck
 SECONDS = 420.0
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What one sweep went through. struck: faults by kind; stopped: those after which the sweep had stopped, with
-    a line, and the same command went on."""
+    """What one sweep went through. struck: faults by kind; stopped: those after which the sweep had stopped,
+    with a line, and the same command went on."""
 
     name: str
     struck: Counter[str] = field(default_factory=Counter)
@@ -42,6 +42,7 @@ def run_episode(
     """Take faults from the front of the queue until the sweep has ended; what has not struck stays there."""
     outcome, began = Outcome(name=arena.name), time.monotonic()
     armed: list[str] = []
+    stops: list[str] = []  # since the last fault
     recent, seen, due = "none", 0, time.monotonic() + rng.uniform(2.0, 4.0)
     arena.start()
     outcome.starts = 1
@@ -51,7 +52,7 @@ def run_episode(
                 kind = f"kill at {path.name.partition('.')[0]}"
                 armed.remove(kind)
                 outcome.struck[kind] += 1
-                recent, seen = kind, seen + 1
+                recent, seen, stops = kind, seen + 1, []
                 say(kind)
             assert arena.process is not None
             status = arena.process.poll()
@@ -60,7 +61,8 @@ def run_episode(
                     break
                 say(f"status {status} after {recent}: {last_line(arena)}")
                 outcome.stopped[recent] += 1
-                if outcome.starts >= STARTS or time.monotonic() - began > SECONDS:
+                stops.append(recent)
+                if len(stops) >= STARTS or time.monotonic() - began > SECONDS:
                     outcome.broken.append(f"has not ended after {outcome.starts} starts: {last_line(arena)}")
                     break
                 arena.start()
@@ -69,7 +71,7 @@ def run_episode(
             elif time.monotonic() - began > SECONDS:
                 outcome.broken.append(f"hangs: {arena.last_output()[-500:]}")
                 break
-            elif faults and time.monotonic() > due and sum(outcome.struck.values()) + len(armed) < at_most:
+            elif faults and time.monotonic() > due and outcome.struck.total() + len(armed) < at_most:
                 kind = faults[0]
                 if kind in armed:
                     faults.rotate(-1)
@@ -79,7 +81,7 @@ def run_episode(
                         armed.append(kind)
                     else:
                         outcome.struck[kind] += 1
-                        recent = kind
+                        recent, stops = kind, []
                         say(kind)
                     due = time.monotonic() + rng.uniform(0.2, 1.4)
             time.sleep(0.03)
@@ -96,8 +98,10 @@ def run_episode(
 
 
 def last_line(arena: Arena) -> str:
+    """The failed trials where the sweep names some, else its last words."""
     lines = [line for line in arena.last_output().splitlines() if line.strip()]
-    return lines[-1][-300:] if lines else "no word"
+    failed = [line.strip() for line in lines if line.startswith("  train/trial-")]
+    return "; ".join(failed or lines[-1:])[-300:] or "no word"
 
 
 def keep_evidence(arena: Arena, target: Path) -> None:

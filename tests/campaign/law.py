@@ -1,5 +1,5 @@
-"""What a stand-in trial computes: a chaotic map, so that one step repeated, skipped or restored a bit off shows
-in every digit of the result. A pure function of config and step count, hence replayed in microseconds."""
+"""What a stand-in trial computes: a chaotic map, so that one step repeated, skipped or restored a bit off
+shows in every digit of the result. A pure function of config and step count: replayed in microseconds."""
 
 from conf.schema import TrainConfig
 
@@ -8,7 +8,9 @@ State = list[float]
 
 def begin(config: TrainConfig) -> State:
     """The state before the first step."""
-    return [(0.1 + 0.7 * ((config.seed * 31 + config.model.d_state * 7 + i * 13) % 97) / 97) for i in range(4)]
+    return [
+        (0.1 + 0.7 * ((config.seed * 31 + config.model.d_state * 7 + i * 13) % 97) / 97) for i in range(4)
+    ]
 
 
 def advance(state: State, config: TrainConfig) -> State:

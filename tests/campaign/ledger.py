@@ -1,4 +1,4 @@
-"""What happened inside the sweep's processes, noted outside its disk: one line per event, appended at once."""
+"""What happened inside the sweep's processes, noted outside its disk: a line an event, appended at once."""
 
 import os
 from pathlib import Path

@@ -72,7 +72,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def draw(report: Report, path: Path) -> None:
-    """A bar a kind: faults that the sweep went on from by itself, and those after which it was started again."""
+    """A bar a kind: faults that the sweep went on from by itself, those after which it was started again."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -87,7 +87,8 @@ def draw(report: Report, path: Path) -> None:
     lost = len(report.broken)
     axes.set_xlabel("faults")
     axes.set_title(
-        f"{sum(report.struck.values())} faults in {len(report.outcomes)} sweeps: {lost} promises broken", fontsize=11
+        f"{sum(report.struck.values())} faults in {len(report.outcomes)} sweeps: {lost} promises broken",
+        fontsize=11,
     )
     axes.legend(loc="lower center", bbox_to_anchor=(0.4, -0.22), ncols=2, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

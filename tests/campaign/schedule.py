@@ -1,5 +1,5 @@
-"""Which faults, on which sweeps, in which order: a function of the seed. When they strike within a sweep depends
-on the machine as well."""
+"""Which faults, on which sweeps, in which order: a function of the seed. When they strike within a sweep
+depends on the machine as well."""
 
 import os
 import random
@@ -23,10 +23,19 @@ SIGNALS = tuple(
     )
 )
 ANYWHERE = (*SIGNALS, "truncated checkpoint", "clock jump", *(f"kill at {b}" for b in BORDERS[:-1]))
-JOURNAL_ONLY, DATABASE_ONLY, TRACKED_ONLY = "truncated journal", ("locked database", "killed database"), (
-    "kill at mlflow-end"
+JOURNAL_ONLY, DATABASE_ONLY, TRACKED_ONLY = (
+    "truncated journal",
+    ("locked database", "killed database"),
+    ("kill at mlflow-end"),
 )
-ON_REAL = ("SIGKILL worker", "SIGKILL trial", "SIGTERM trial", "SIGTERM worker", "SIGSTOP trial", "truncated checkpoint")
+ON_REAL = (
+    "SIGKILL worker",
+    "SIGKILL trial",
+    "SIGTERM trial",
+    "SIGTERM worker",
+    "SIGSTOP trial",
+    "truncated checkpoint",
+)
 
 
 @dataclass(kw_only=True)

@@ -1,11 +1,11 @@
-"""Python runs this at the start of every process of the sweep under test: kills at borders, and a clock that jumps.
+"""Python runs this at the start of every process of the sweep under test: kills at borders, a clock that jumps.
 
-A border is armed by a file in $CAMPAIGN_HOME/armed, BORDER.before or BORDER.after. The first process that comes
-there takes the file away and kills itself by SIGKILL: before the border is crossed, or just after.
+A border is armed by a file in $CAMPAIGN_HOME/armed, BORDER.before or BORDER.after. The first process that
+comes there takes the file away and kills itself by SIGKILL: before the border is crossed, or just after.
 
 The clock: $CAMPAIGN_HOME/clock holds seconds that are added to time.time, time.time_ns and the datetime.now of
-Optuna's storages. What the kernel stamps on files and the monotonic clock stay as they are, as they do when
-an administrator or NTP sets a host's clock (the times of files jump as well, then: that is not covered).
+Optuna's storages. The monotonic clock stays, as it does when somebody sets a host's clock. The times of files
+would jump then: here they do not, and neither do the clocks of C libraries and of PostgreSQL.
 """
 
 import contextlib
@@ -60,7 +60,9 @@ def guarded(function: Callable[..., Any], border_of: Callable[..., str | None]) 
 
 def file_border(path: Any) -> str | None:
     text = os.fspath(path)
-    return next((name for name, pattern in FILES.items() if isinstance(text, str) and pattern.search(text)), None)
+    return next(
+        (name for name, pattern in FILES.items() if isinstance(text, str) and pattern.search(text)), None
+    )
 
 
 os.replace = guarded(os.replace, lambda source, target, *_: file_border(target))

@@ -1,4 +1,4 @@
-"""On the path of a campaign's processes before the real package: stands in for its commands, is it otherwise."""
+"""On the path of a campaign's processes before the real package: stands in for its commands, else is it."""
 
 from pathlib import Path
 

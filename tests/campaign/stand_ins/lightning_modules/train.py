@@ -99,7 +99,9 @@ def newest(folder: Path) -> tuple[int, law.State] | None:
             continue
         return content["step"], content["state"]
     if paths:
-        raise ValueError(f"{folder}: none of its {len(paths)} checkpoints can be read: delete it to start again")
+        raise ValueError(
+            f"{folder}: none of its {len(paths)} checkpoints can be read: delete it to start again"
+        )
     return None
 
 
