@@ -2,8 +2,8 @@
 
 Optuna's own backend leaves what a full disk or a dying host cuts short, and the next record then runs into
 it: from there on nobody can read the file. Here half a line is dropped before the next is written, a full
-disk is waited for, and a file that is damaged all the same is cut at the damage (`mend_journal`). Trials forgotten
-by that are found again by their run directories (sweeps.mend_directories).
+disk is waited for, and a file that is damaged all the same is cut at the damage (`mend_journal`). Trials
+forgotten by that are found again by their run directories (sweeps.mend_directories).
 """
 
 import errno

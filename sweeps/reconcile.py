@@ -1,10 +1,10 @@
 """python -m sweeps.reconcile study=DIR
 
-Repair what kills have left of a sweep: a journal that was cut short, trials marked as running whose worker is
-gone, results that nobody recorded, records without results, run directories without a trial, MLflow runs
-left RUNNING, names that do not agree. Prints a line for each repair; a second time it finds nothing. Trials that
-are being worked on are left alone, and a preempted trial is never called failed: it waits, to be continued under
-its number.
+Repair what kills have left of a sweep: a journal that was cut short, trials marked as running whose worker
+is gone, results that nobody recorded, records without results, run directories without a trial, MLflow runs
+left RUNNING, names that do not agree. Prints a line for each repair; a second time it finds nothing. Trials
+that are being worked on are left alone, and a preempted trial is never called failed: it waits, to be
+continued under its number.
 
 `sweeps.run` does the same at its start.
 """

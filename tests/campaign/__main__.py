@@ -1,7 +1,7 @@
 """python -m tests.campaign [--seed N] [--each N] [--lanes NAME,...] [--out DIR] [--keep DIR]
 
-At least `each` faults of every kind, on a seeded schedule, over sweeps of tiny trials; after every sweep, what
-a sweep promises is checked. Prints a line per fault and sweep, then the table; with --out the table, the
+At least `each` faults of every kind, on a seeded schedule, over sweeps of tiny trials; after every sweep,
+what a sweep promises is checked. Prints a line per fault and sweep, then the table; with --out the table, the
 numbers and the figure. Ends with 1 where a promise was broken; --keep is where such sweeps are kept.
 """
 

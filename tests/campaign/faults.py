@@ -102,8 +102,8 @@ def truncate_checkpoint(arena: Arena, rng: random.Random) -> bool:
 
 
 def truncate_journal(arena: Arena, rng: random.Random) -> bool:
-    """The host dies, and the journal's last bytes (up to a third of it) never reached the disk; it then ends in
-    half a line, mostly."""
+    """The host dies, and the journal's last bytes (up to a third of it) never reached the disk; it then ends
+    in half a line, mostly."""
     journal = arena.study_dir / "journal.log"
     if not arena.processes(WORKER) or not journal.exists():
         return False

@@ -1,9 +1,9 @@
-"""Python runs this at the start of every process of the sweep under test: kills at borders, a clock that jumps.
+"""Run by Python at the start of every process of the sweep under test: kills at borders, a clock that jumps.
 
 A border is armed by a file in $CAMPAIGN_HOME/armed, BORDER.before or BORDER.after. The first process that
 comes there takes the file away and kills itself by SIGKILL: before the border is crossed, or just after.
 
-The clock: $CAMPAIGN_HOME/clock holds seconds that are added to time.time, time.time_ns and the datetime.now of
+The clock: $CAMPAIGN_HOME/clock holds seconds that are added to time.time, time.time_ns and datetime.now in
 Optuna's storages. The monotonic clock stays, as it does when somebody sets a host's clock. The times of files
 would jump then: here they do not, and neither do the clocks of C libraries and of PostgreSQL.
 """
