@@ -104,9 +104,9 @@ def conduct(config: SweepConfig, command: str) -> int:
             console.print(line, soft_wrap=True, highlight=False)
             return GOES_ON
         except SweepFailed as error:
-            console.print(f"error: {error}. To go on:  {command}", soft_wrap=True, highlight=False)
             with suppress(OSError):  # a full disk may be what has failed
                 write_report(study_dir, console)
+            console.print(f"error: {error}. To go on:  {command}", soft_wrap=True, highlight=False)
             return 1
         except OSError as error:
             if not is_full(error):

@@ -1,8 +1,9 @@
 """python -m tests.campaign [--seed N] [--each N] [--lanes NAME,...] [--out DIR] [--keep DIR]
 
 At least `each` faults of every kind, on a seeded schedule, over sweeps of tiny trials; after every sweep,
-what a sweep promises is checked. Prints a line per fault and sweep, then the table; with --out the table, the
-numbers and the figure. Ends with 1 where a promise was broken; --keep is where such sweeps are kept.
+what a sweep promises is checked. Prints a line per fault and sweep, then the table; with --out the table goes
+into DIR/reliability.md and the figure beside it. Ends with 1 where a promise was broken; --keep is where such
+sweeps are kept.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -107,17 +109,11 @@ class Campaign:
         spec = Spec(sampler="grid", tracked=True, workers=workers, trials=workers)
         arena = Arena(folder=folder, spec=spec, name="at-once", step_seconds=0.01)
         try:
-            outcome = run_episode(arena, *no_faults(), undisturbed=None)
+            outcome = run_episode(arena, deque(), {}, random.Random(0), undisturbed=None)
         finally:
             arena.clean()
         self.say(f"{workers} workers at once: {outcome.starts} starts, {outcome.broken or 'kept'}")
         return outcome
-
-
-def no_faults():
-    from collections import deque
-
-    return deque(), {}, random.Random(0)
 
 
 def main() -> int:
@@ -125,7 +121,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--each", type=int, default=EACH, help="faults of every kind")
     parser.add_argument("--lanes", default="", help="only these, by name")
-    parser.add_argument("--out", type=Path, default=None, help="for reliability.json and reliability.png")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="for reliability.png and the table in reliability.md"
+    )
     parser.add_argument("--keep", type=Path, default=None, help="sweeps that broke a promise are copied here")
     args = parser.parse_args()
     schedule = make_schedule(args.seed, args.each)

@@ -1,11 +1,13 @@
 """The campaign's table and figure."""
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_modules.run_dir import write_text
 from tests.campaign.episode import Outcome
+
+BEGIN, END = "<!-- table: python -m tests.campaign --out docs -->", "<!-- end of table -->"
 
 
 @dataclass
@@ -51,24 +53,13 @@ class Report:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """reliability.md.part, reliability.png."""
+    """The figure, and the table into reliability.md, in place of the one that is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "reliability.table.md").write_text(report.table() + "\n")
-    (folder / "reliability.json").write_text(
-        json.dumps(
-            {
-                "seed": report.seed,
-                "seconds": report.seconds,
-                "struck": report.struck,
-                "stopped": report.stopped,
-                "broken": report.broken,
-                "skipped": report.skipped,
-                "sweeps": [[o.name, sum(o.struck.values()), o.starts, o.seconds] for o in report.outcomes],
-            },
-            indent=2,
-        )
-    )
     draw(report, folder / "reliability.png")
+    page = folder / "reliability.md"
+    text = page.read_text() if page.exists() else f"# Reliability\n\n{BEGIN}\n{END}\n"
+    before, _, rest = text.partition(BEGIN)
+    write_text(page, f"{before}{BEGIN}\n{report.table()}\n{END}{rest.partition(END)[2]}")
 
 
 def draw(report: Report, path: Path) -> None:

@@ -60,7 +60,9 @@ def test_readers_go_on_where_they_were(path):
 def test_damage_is_named_and_cut_off_and_kept_aside(path):
     whole = path.read_bytes().replace(b'"n":1', b'"n":\xff')
     path.write_bytes(whole)
-    with pytest.raises(ValueError, match=r"journal.log: line 2 is damaged: python -m sweeps.reconcile study="):
+    with pytest.raises(
+        ValueError, match=r"journal.log: line 2 is damaged: python -m sweeps.reconcile study="
+    ):
         read(path)
     (line,) = mend_journal(path)
     assert line == "journal.log: line 2 is damaged; cut there, all of it is kept as journal.log.damaged"
