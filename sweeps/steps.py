@@ -104,9 +104,9 @@ class Steps:
             time.sleep(0.05)
 
     def _spawn(self, line: list[str], log: Path, further: Mapping[str, str]) -> int:
-        set_aside_damaged(log.parent / "checkpoints")
         if self.stop():
             raise Interrupted
+        set_aside_damaged(log.parent / "checkpoints")
         environment = environment_for_child()
         environment.pop("MLFLOW_RUN_ID", None)
         environment |= {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1", **further}

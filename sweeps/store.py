@@ -52,11 +52,13 @@ class Store:
         *,
         create: bool = False,
         repair: bool = False,
+        wait: bool = False,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """create: make the tables of a fresh database; one process does, before it starts others.
         repair: cut a damaged journal where it is damaged; `repairs` says what was done.
-        stop: ends the waiting for a database that has gone away.
+        wait: for a database that does not answer now, as for one that goes away later.
+        stop: ends the waiting.
 
         Raises ValueError (one line) if the database does not answer.
         """
@@ -74,11 +76,12 @@ class Store:
         else:
             from sweeps.postgres import Patience, PatientStorage, Session, require_reachable
 
-            require_reachable(uri)
+            if not wait:
+                require_reachable(uri)
             patience = Patience(uri, config.storage.patience, stop)
             self._session = Session(patience)
             with self._creating() if create else nullcontext():
-                backend = PatientStorage(patience, create=create)
+                backend = patience.call(lambda: PatientStorage(patience, create=create))
             self.storage = optuna.storages.get_storage(backend)
 
     @property

@@ -59,7 +59,7 @@ def work(args: WorkerConfig, stopping: list[int]) -> int:
     study_dir = Path(args.study)
     config = load(study_dir)
     since = time.time() if args.since is None else args.since
-    store = Store(study_dir, config, stop=lambda: bool(stopping))
+    store = Store(study_dir, config, wait=True, stop=lambda: bool(stopping))
     advance = Advance(store, stopping, say=lambda text: print(text, flush=True))
     idle_since = time.monotonic()
     while not stopping:

@@ -28,6 +28,8 @@ def broken_promises(arena: Arena, undisturbed: Fingerprint | None) -> list[str]:
     found = [
         f"sweeps.run shows a traceback: {tail(Path(p))}" for p in arena.outputs if has_traceback(Path(p))
     ]
+    logs = sorted((arena.study_dir / "workers").glob("*.txt"))
+    found += [f"{log.name}: died with a traceback: {tail(log)}" for log in logs if has_traceback(log)]
     lines = [arena.command("sweeps.reconcile") for _ in range(2)]
     for done in lines:
         if done.returncode != 0:

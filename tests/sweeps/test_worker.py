@@ -15,7 +15,7 @@ from conf.sweep_schema import SweepConfig, WorkerConfig
 from lightning_modules.run_dir import open_run_dir
 from sweeps.claims import claim
 from sweeps.plans import plan_given
-from sweeps.steps import Interrupted, Steps
+from sweeps.steps import Interrupted, Steps, set_aside_damaged
 from sweeps.store import Store
 from sweeps.studies import enqueue, make_study
 from sweeps.trial import run_trial
@@ -121,6 +121,7 @@ def test_damaged_checkpoints_are_set_aside_and_a_lost_model_is_trained_again(tmp
     with pytest.raises(Interrupted):
         run_trial(taken, stop=lambda: True)
     assert not (taken.run_dir / "result.json").exists(), "nothing would evaluate an older model in its name"
+    set_aside_damaged(newest.parent)  # as before every start
     assert sorted(path.name for path in newest.parent.iterdir()) == [
         "step=0000010.ckpt",
         "step=0000020.ckpt.damaged",
