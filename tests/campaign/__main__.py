@@ -27,12 +27,15 @@ from tests.campaign.schedule import EACH, Lane, make_schedule
 from tests.sweeps.postgres_server import server
 
 LANES_AT_ONCE = 2
+SWEEPS_AT_MOST = 40  # a lane
+AT_ONCE = "at-once"  # as a lane: many workers on fresh stores
 
 
 class Campaign:
     def __init__(self, seed: int, keep: Path | None) -> None:
         self.seed, self.keep = seed, keep
         self.began = time.monotonic()
+        self.outcomes: list[Outcome] = []
         self.references: dict[tuple[str, bool], Fingerprint] = {}
         self._lock = threading.Lock()
 
@@ -58,9 +61,16 @@ class Campaign:
                 self.say(f"undisturbed {sampler}{' (real)' if real else ''} done")
             return self.references[sampler, real]
 
-    def run_lane(self, lane: Lane) -> list[Outcome]:
-        """Sweeps until the lane's faults are spent."""
-        rng, outcomes, number = random.Random(f"{self.seed}/{lane.name}"), [], 0
+    def run_lane(self, lane: Lane) -> None:
+        """Sweeps until the lane's faults are spent; what breaks the lane itself is a broken promise."""
+        try:
+            self._run_sweeps(lane)
+        except Exception as error:
+            self.outcomes.append(Outcome(name=lane.name, broken=[f"{type(error).__name__}: {error}"]))
+            self.say(f"{lane.name}: BROKEN: {error}")
+
+    def _run_sweeps(self, lane: Lane) -> None:
+        rng, number = random.Random(f"{self.seed}/{lane.name}"), 0
         with ExitStack() as stack:
             postgres = stack.enter_context(server()) if lane.database else None
             while lane.faults:
@@ -91,17 +101,15 @@ class Campaign:
                         keep_evidence(arena, self.keep / name)
                 finally:
                     arena.clean()
-                outcomes.append(outcome)
+                self.outcomes.append(outcome)
                 verdict = f"BROKEN: {' / '.join(outcome.broken)}" if outcome.broken else "kept"
                 self.say(
                     f"{name} ({sampler}): {sum(outcome.struck.values())} faults, {outcome.starts} starts, "
                     f"{outcome.seconds:.0f} s; {verdict}"
                 )
                 number += 1
-                if number > 40:
-                    self.say(f"{lane.name}: gave up with {len(lane.faults)} faults left")
-                    break
-        return outcomes
+                if number > SWEEPS_AT_MOST:
+                    raise RuntimeError(f"{len(lane.faults)} faults are left after {number} sweeps")
 
     def start_at_once(self, workers: int) -> Outcome:
         """So many workers on fresh stores, a trial each."""
@@ -120,7 +128,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.campaign", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--each", type=int, default=EACH, help="faults of every kind")
-    parser.add_argument("--lanes", default="", help="only these, by name")
+    parser.add_argument(
+        "--lanes", default="", help="only these: journal, journal-2, postgres, tracked, real, at-once"
+    )
     parser.add_argument(
         "--out", type=Path, default=None, help="for reliability.png and the table in reliability.md"
     )
@@ -133,9 +143,11 @@ def main() -> int:
         campaign.say(f"skipped: {kind}: {why}")
     campaign.say(f"{sum(len(lane.faults) for lane in lanes)} faults to inflict")
     with ThreadPoolExecutor(LANES_AT_ONCE) as pool:
-        outcomes = [outcome for done in pool.map(campaign.run_lane, lanes) for outcome in done]
-    at_once = None if args.lanes else campaign.start_at_once(24)
-    report = Report(outcomes, schedule.skipped, args.seed, time.monotonic() - campaign.began, at_once)
+        list(pool.map(campaign.run_lane, lanes))
+    at_once = campaign.start_at_once(24) if not args.lanes or AT_ONCE in args.lanes.split(",") else None
+    report = Report(
+        campaign.outcomes, schedule.skipped, args.seed, time.monotonic() - campaign.began, at_once
+    )
     print(report.table())
     if args.out is not None:
         write_report(report, args.out)

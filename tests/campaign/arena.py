@@ -59,11 +59,9 @@ class Spec:
             "{model.d_state: [8, 16], optim.lr: [0.001, 0.004]}" if self.budget == 4 else SPACES[self.sampler]
         )
         store = f"storage: {{uri: '{self.uri}', patience: 90}}\n" if self.uri else "storage: {patience: 90}\n"
-        suite = (
-            "evaluate: {suites: [passkey], passkey.lengths: [128, 256], passkey.prompts: 4}\n"
-            if self.real
-            else ""
-        )
+        lengths = "passkey.lengths: [128, 256], passkey.prompts: 4"
+        suite = f"  metric: val/loss\n  direction: minimize\nevaluate: {{suites: [passkey], {lengths}}}\n"
+        suite = suite if self.real else ""
         uri = "sqlite:///tracking/mlflow.db"
         return (
             f"name: {name}\nworkers: {self.workers}\nthreads: 1\ntrain:\n  base: base.yaml\n"
