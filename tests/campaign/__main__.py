@@ -125,7 +125,9 @@ class Campaign:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="tests.campaign", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="tests.campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--each", type=int, default=EACH, help="faults of every kind")
     parser.add_argument(
