@@ -37,6 +37,7 @@ class Claim:
     trial: Trial
     lock: Lock
     _beats: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.monotonic)  # a host's clock may be set meanwhile
 
     @property
     def stage(self) -> Stage:
@@ -150,7 +151,7 @@ def put_back(taken: Claim) -> None:
 
 def _note_end(taken: Claim, known: Mapping[str, Any]) -> None:
     attributes = taken.trial.user_attrs
-    worked = attributes["worked"] + max(0.0, time.time() - attributes["claimed"])
+    worked = attributes["worked"] + time.monotonic() - taken._since
     # `claimed` last: nothing is under way from then on.
     for name, value in {**known, "worked": worked, "claimed": None}.items():
         taken.trial.set_user_attr(name, value)

@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from threading import Timer
@@ -44,6 +44,7 @@ from sweeps.reconcile import mend_study, reconcile
 from sweeps.report import make_console, write_report
 from sweeps.results import Measured, best_settings, collect, finished, worst_collapse
 from sweeps.samplers import point_of, powers_of
+from sweeps.steps import is_full
 from sweeps.store import DatabaseGone, Store
 from sweeps.studies import enqueue, latest, make_study, retry_failed
 from sweeps.study_dir import prepare
@@ -85,8 +86,8 @@ def conduct(config: SweepConfig, command: str) -> int:
     """
     console, began = make_console(), time.monotonic()
     with _sole_sweep(config) as study_dir, _stop_signals() as signals, _budget(config, signals):
-        sweep = Sweep(config, study_dir, console, signals)
         try:
+            sweep = Sweep(config, study_dir, console, signals)
             sweep.run()
         except (Stopped, DatabaseGone) as error:
             if isinstance(error, DatabaseGone) and not signals:
@@ -103,8 +104,15 @@ def conduct(config: SweepConfig, command: str) -> int:
             console.print(line, soft_wrap=True, highlight=False)
             return GOES_ON
         except SweepFailed as error:
-            write_report(study_dir, console)
+            with suppress(OSError):  # a full disk may be what has failed
+                write_report(study_dir, console)
             console.print(f"error: {error}. To go on:  {command}", soft_wrap=True, highlight=False)
+            return 1
+        except OSError as error:
+            if not is_full(error):
+                raise
+            line = f"error: {error.filename or study_dir}: {error.strerror}; make room. To go on:  {command}"
+            console.print(line, soft_wrap=True, highlight=False)
             return 1
         console.print(f"This start took {duration(time.monotonic() - began)}.", highlight=False)
         return 1 if sweep.failures() else 0
@@ -116,7 +124,7 @@ class Sweep:
     def __init__(self, config: SweepConfig, study_dir: Path, console: Console, signals: list[int]) -> None:
         """Creates what is missing of the store, before any worker looks at it."""
         self.config, self.study_dir, self.console = config, study_dir, console
-        self.store = Store(study_dir, config, create=True, stop=lambda: bool(signals))
+        self.store = Store(study_dir, config, create=True, repair=True, stop=lambda: bool(signals))
         self.store.require_sole_sweep()
         self.workers = Workers(self.store, signals, console.print)
 
@@ -189,10 +197,8 @@ class Sweep:
         )
 
     def _study(self, name: str, plan: Plan, directions: dict[str, Direction], **attributes: Any) -> Study:
-        study = make_study(self.store, name, directions, **attributes)
         powers = powers_of(self.config, "train" if attributes["stage"] == "train" else "mitigation")
-        if study.user_attrs.get("powers") != powers:
-            study.set_user_attr("powers", powers)
+        study = make_study(self.store, name, directions, powers=powers, **attributes)
         enqueue(study, plan)
         for line in mend_study(self.store, study):
             self._say_repaired(line)

@@ -4,8 +4,6 @@ import fcntl
 import os
 from pathlib import Path
 
-from optuna.storages.journal import JournalFileSymlinkLock
-
 
 class ProcessLock:
     """An exclusive lock on a file, held until `release` or the process's end; children do not inherit it."""
@@ -45,21 +43,3 @@ class ProcessLock:
             raise
         self._descriptor = descriptor
         return True
-
-
-class JournalLock(JournalFileSymlinkLock):
-    """The lock of an Optuna journal, as an flock.
-
-    Optuna's own are files that outlive a killed holder: everybody then waits 30 seconds, or for ever where
-    the journal's path is relative.
-    """
-
-    def __init__(self, journal: Path) -> None:
-        super().__init__(str(journal))
-        self._lock = ProcessLock(journal.with_name(journal.name + ".lock"))
-
-    def acquire(self) -> bool:
-        return self._lock.acquire()
-
-    def release(self) -> None:
-        self._lock.release()

@@ -1,9 +1,10 @@
 """python -m sweeps.reconcile study=DIR
 
-Repair what kills have left of a sweep: trials marked as running whose worker is gone, results that nobody
-recorded, records without results, run directories without a trial, MLflow runs left RUNNING, names that do
-not agree. Prints a line for each repair; a second time it finds nothing. Trials that are being worked on are
-left alone, and a preempted trial is never called failed: it waits, to be continued under its number.
+Repair what kills have left of a sweep: a journal that was cut short, trials marked as running whose worker
+is gone, results that nobody recorded, records without results, run directories without a trial, MLflow runs
+left RUNNING, names that do not agree. Prints a line for each repair; a second time it finds nothing. Trials
+that are being worked on are left alone, and a preempted trial is never called failed: it waits, to be
+continued under its number.
 
 `sweeps.run` does the same at its start.
 """
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         from sweeps.studies import open_store
 
         try:
-            lines = reconcile(open_store(Path(args.study)))
+            lines = reconcile(open_store(Path(args.study), repair=True))
         except DatabaseGone as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -45,7 +46,7 @@ def reconcile(store: "Store", *, holds_sweep_lock: bool = False) -> list[str]:
     """
     from sweeps.mend_runs import mend_runs
 
-    lines = [line for study in store.load_studies() for line in mend_study(store, study)]
+    lines = store.repairs + [line for study in store.load_studies() for line in mend_study(store, study)]
     if store.config.tracking.enabled:
         lines += mend_runs(store, holds_sweep_lock=holds_sweep_lock)
     return lines

@@ -1,11 +1,14 @@
 """The commands of a trial, each a process group of its own that dies with this process."""
 
+import errno
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +23,9 @@ from sweeps.warm import Evaluation, evaluation_server
 
 STOP_GRACE_SECONDS = 30.0
 ASKED_TO_END = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_WORDS = (*map(os.strerror, FULL), "database or disk is full")  # the last is SQLite's
+FULL_BYTES = 2**20  # a command that ended with less than this left had no room for its last words
 BUSY = "is writing it: wait"  # how lightning_modules.run_dir refuses a second writer
 
 
@@ -29,6 +35,10 @@ class TrialFailed(Exception):
 
 class Interrupted(Exception):
     """The worker was asked to stop; the trial can be continued later."""
+
+
+class DiskFull(Exception):
+    """There is no room for the run directory; the message says more. The trial has not failed."""
 
 
 class Busy(Exception):
@@ -86,6 +96,8 @@ class Steps:
             said = last_words(log)
             if BUSY in said:
                 raise Busy(said)
+            if any(word in said for word in FULL_WORDS) or shutil.disk_usage(run_dir).free < FULL_BYTES:
+                raise DiskFull(f"{run_dir}: {command}: {how}: {said}")
             raise TrialFailed(f"{command}: {how}: {said}")
         return result
 
@@ -101,6 +113,7 @@ class Steps:
         """Run the command, in the evaluation server where it evaluates a `checkpoint`; its exit status."""
         if self.stop():
             raise Interrupted
+        set_aside_damaged(log.parent / "checkpoints")
         environment = environment_for_child()
         environment.pop("MLFLOW_RUN_ID", None)
         environment |= {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1", **further}
@@ -130,6 +143,19 @@ class Steps:
             _end_group(process)
             raise
         return process.wait()
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk or a quota is full."""
+    return error.errno in FULL
+
+
+def set_aside_damaged(checkpoints: Path) -> None:
+    """A training goes on from what it can read, from its start if need be, rather than fail for good."""
+    for path in checkpoints.glob("step=*.ckpt"):
+        if not zipfile.is_zipfile(path):  # as every complete one is
+            path.rename(path.with_name(f"{path.name}.damaged"))
+            print(f"{path}: truncated or damaged; set aside", flush=True)
 
 
 def ended(run_dir: Path) -> dict[str, Any] | None:

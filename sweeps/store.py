@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 
 from conf.objectives import Direction
 from conf.sweep_schema import SweepConfig
 from lightning_modules.run_dir import write_text
-from sweeps.locks import JournalLock, ProcessLock
+from sweeps.locks import ProcessLock
 
 if TYPE_CHECKING:
     from sweeps import postgres
@@ -30,7 +29,8 @@ ID_ATTRIBUTE = "sweep_id"
 
 
 class DatabaseGone(Exception):
-    """The database has not answered for as long as storage.patience allows; the message says which."""
+    """The database has not answered, or the journal's disk was full, for as long as storage.patience allows;
+    the message says which."""
 
 
 class Lock(Protocol):
@@ -51,28 +51,37 @@ class Store:
         config: SweepConfig,
         *,
         create: bool = False,
+        repair: bool = False,
+        wait: bool = False,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """create: make the tables of a fresh database; one process does, before it starts others.
-        stop: ends the waiting for a database that has gone away.
+        repair: cut a damaged journal where it is damaged; `repairs` says what was done.
+        wait: for a database that does not answer now, as for one that goes away later.
+        stop: ends the waiting.
 
         Raises ValueError (one line) if the database does not answer.
         """
         self.study_dir, self.config = study_dir, config
+        self.repairs: list[str] = []
         self._session: postgres.Session | None = None
         uri = config.storage.uri
         self.storage: BaseStorage
         if uri is None:
+            from sweeps.journal import Journal, mend_journal
+
             path = study_dir.resolve() / "journal.log"
-            self.storage = JournalStorage(JournalFileBackend(str(path), JournalLock(path)))
+            self.repairs = mend_journal(path) if repair else []
+            self.storage = JournalStorage(Journal(path, config.storage.patience, stop))
         else:
             from sweeps.postgres import Patience, PatientStorage, Session, require_reachable
 
-            require_reachable(uri)
+            if not wait:
+                require_reachable(uri)
             patience = Patience(uri, config.storage.patience, stop)
             self._session = Session(patience)
             with self._creating() if create else nullcontext():
-                backend = PatientStorage(patience, create=create)
+                backend = patience.call(lambda: PatientStorage(patience, create=create))
             self.storage = optuna.storages.get_storage(backend)
 
     @property
@@ -105,7 +114,7 @@ class Store:
         return study
 
     def load_studies(self) -> list[Study]:
-        """All studies of this sweep in the order of their making."""
+        """All studies of this sweep in the order of their making, but one that is still being made."""
         names = [study.study_name for study in self.storage.get_all_studies()]
         studies = [
             optuna.load_study(study_name=name, storage=self.storage)
@@ -114,6 +123,7 @@ class Store:
         ]
         if self.config.storage.uri is not None:
             studies = [study for study in studies if study.user_attrs.get(ID_ATTRIBUTE) == self.id]
+        studies = [study for study in studies if "stage" in study.user_attrs]  # set last
         return sorted(studies, key=lambda study: study._study_id)
 
     def lock(self, name: str) -> Lock:

@@ -21,9 +21,10 @@ from sweeps.study_dir import load
 LOST = "lost"  # attribute of a study: numbers of the ended trials whose results are gone (sweeps.reconcile)
 
 
-def open_store(study_dir: Path) -> Store:
-    """The store of an existing sweep. Raises ValueError (one line) where there is none."""
-    return Store(study_dir, load(study_dir))
+def open_store(study_dir: Path, *, repair: bool = False) -> Store:
+    """The store of an existing sweep. Raises ValueError (one line) where there is none, or it is damaged and
+    not to be repaired."""
+    return Store(study_dir, load(study_dir), repair=repair)
 
 
 def load_studies(study_dir: Path) -> list[Study]:
@@ -32,13 +33,15 @@ def load_studies(study_dir: Path) -> list[Study]:
 
 
 def make_study(store: Store, name: str, directions: Mapping[str, Direction], **attributes: Any) -> Study:
-    """Create the study, or find the one that is there; `attributes` say what its trials are.
+    """Create the study, or find the one that is there; `attributes` say what its trials are, `stage` last: a
+    study without it is not made yet.
 
     directions: each metric with maximize or minimize.
     """
     study = store.make_study(name, list(directions.values()))
     known = study.user_attrs
-    for key, value in {"objectives": list(directions), **attributes}.items():
+    last = {"stage": attributes.pop("stage")} if "stage" in attributes else {}
+    for key, value in {"objectives": list(directions), **attributes, **last}.items():
         if key not in known or known[key] != value:
             study.set_user_attr(key, value)
     return study

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from optuna.study import Study
+from optuna.trial import TrialState
 
 from sweeps.budget import is_open
 from sweeps.claims import to_take
@@ -52,13 +53,15 @@ class Workers:
         or ended.
         Raises Stopped after a signal, SweepFailed after too many failed trials or crashed workers.
         """
-        seen: object = None  # states of the trials when `grow` was last called
+        seen: list[list[int]] = []  # states of the trials when `grow` was last called
         try:
             while True:
                 # In this order: where none was open, all that have ended are seen.
                 is_over = not any(is_open(study, self.config) for study in studies)
                 states = [states_of(study) for study in studies]
                 if states != seen:
+                    if finished_of(states) > finished_of(seen):
+                        self.crashes = 0  # they do get on
                     seen = states
                     is_over = not grow() and is_over
                 if is_over:
@@ -129,6 +132,11 @@ class Workers:
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C reaches this process alone, which stops them
             )
+
+
+def finished_of(states: list[list[int]]) -> int:
+    """How many trials have ended."""
+    return sum(TrialState(value).is_finished() for study in states for value in study)
 
 
 def states_of(study: Study) -> list[int]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from conf.load import parse
 from conf.schema import EvaluateConfig, TrainConfig
@@ -21,7 +22,7 @@ from sweeps.identity import identity_of, mlflow_run_id, tags_of, write_identity
 from sweeps.pruning import GROUP, Follower, group_of, tokens_per_step
 from sweeps.samplers import point_of
 from sweeps.side_by_side import train_together
-from sweeps.steps import Steps, TrialFailed
+from sweeps.steps import Steps, TrialFailed, ended
 
 BEAT_SECONDS = 5.0
 
@@ -119,6 +120,7 @@ class _Run:
             checkpoint=self._relative(run_dir / "checkpoints"),
             continues=self._relative(shared.path) if shared and shared.path else None,
         )
+        self._keep_result_with_its_model()
         environment = {}
         overrides = [f"continue_from={shared.path}"] if shared else []
         if stage.pruner.name != "none":
@@ -131,6 +133,16 @@ class _Run:
             self.follower = None
         self.known["tokens"] = float((result.get("steps", config.trainer.max_steps) - skipped) * scale)
         return result
+
+    def _keep_result_with_its_model(self) -> None:
+        """A result whose model cannot be read any more, and is not evaluated yet, is trained for again."""
+        run_dir = self.taken.run_dir
+        result = ended(run_dir)
+        if result is None or result.get("checkpoint") is None or ended(run_dir / "evaluation"):
+            return
+        if not is_zipfile(run_dir / result["checkpoint"]):
+            (run_dir / "result.json").rename(run_dir / "result.json.damaged")
+            print(f"{self.taken.name}: {result['checkpoint']} is damaged; trained again", flush=True)
 
     def _shared(self) -> sharing.Shared | None:
         """What a shorter trial has trained already; settled once, at the trial's first start."""

@@ -37,11 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: stopping.append(received))
     with user_errors():
+        from sweeps.steps import DiskFull, is_full
         from sweeps.store import DatabaseGone
 
         try:
             return work(args, stopping)
-        except DatabaseGone as error:  # a trial under way is left as it is: the next worker takes it over
+        except (DatabaseGone, DiskFull, OSError) as error:  # the next worker takes over a trial under way
+            if isinstance(error, OSError) and not is_full(error):
+                raise
             print(f"error: {error}", file=sys.stderr, flush=True)
             return STOPPED if stopping else 1
 
@@ -56,7 +59,7 @@ def work(args: WorkerConfig, stopping: list[int]) -> int:
     study_dir = Path(args.study)
     config = load(study_dir)
     since = time.time() if args.since is None else args.since
-    store = Store(study_dir, config, stop=lambda: bool(stopping))
+    store = Store(study_dir, config, wait=True, stop=lambda: bool(stopping))
     advance = Advance(store, stopping, say=lambda text: print(text, flush=True))
     idle_since = time.monotonic()
     while not stopping:
@@ -112,7 +115,7 @@ def train_first(together: "list[Claim]", stopping: list[int]) -> None:
 def run_one(taken: "Claim", stopping: list[int]) -> None:
     """Run a claimed trial and record how it ended; what stops it, but for its own failure, fails nothing."""
     from sweeps import claims
-    from sweeps.steps import Busy, Interrupted, TrialFailed
+    from sweeps.steps import Busy, DiskFull, Interrupted, TrialFailed
     from sweeps.trial import run_trial
 
     try:
@@ -131,6 +134,9 @@ def run_one(taken: "Claim", stopping: list[int]) -> None:
     except Interrupted:
         claims.put_back(taken)
         print(f"{taken.name}: interrupted, to be continued", flush=True)
+    except DiskFull:
+        claims.put_back(taken)
+        raise
     except Busy as error:
         claims.put_back(taken)
         print(f"{taken.name}: {error}; it waits again", flush=True)

@@ -6,10 +6,16 @@ from pathlib import Path
 from lightning_modules.evaluation.conclusion import conclude
 
 
-def leave_training(run_dir: Path, status: str = "completed", mlflow_run_id: str | None = None) -> None:
+def leave_training(
+    run_dir: Path,
+    status: str = "completed",
+    mlflow_run_id: str | None = None,
+    checkpoint: str | None = None,
+) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     result = {"status": status, "command": "train", "metrics": {"val/loss": 0.5, "peak_memory_mib": 100.0}}
     result |= {"mlflow_run_id": mlflow_run_id, "seconds": 2.0, "steps": 10, "tracking_complete": True}
+    result["checkpoint"] = checkpoint
     (run_dir / "result.json").write_text(json.dumps(result))
 
 

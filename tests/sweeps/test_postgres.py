@@ -4,6 +4,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,20 @@ def test_absent_server_is_waited_for_as_long_as_patience_says(tmp_path, config, 
         postgres_server.start()
     assert "does not answer" in capsys.readouterr().err
     assert len(study.get_trials()) == 1
+
+
+def test_a_worker_that_starts_while_the_server_is_away_waits(tmp_path, config, postgres_server):
+    make(Store(tmp_path, config, create=True), 1)
+    postgres_server.kill()
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(lambda: Store(tmp_path, config, wait=True).load_studies())
+        try:
+            with pytest.raises(ValueError, match="start the server or mend the URL"):
+                Store(tmp_path, config)
+            assert not opened.done()
+        finally:
+            postgres_server.start()
+        assert [len(study.get_trials()) for study in opened.result(60)] == [1]
 
 
 def test_mistakes_are_one_line(tmp_path, config, postgres):

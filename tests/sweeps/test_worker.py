@@ -1,7 +1,10 @@
 """A worker that finds a run directory still written by another fails nothing, and can outlive a pause."""
 
+import os
+import signal
 import threading
 import time
+import zipfile
 
 import pytest
 from optuna.trial import TrialState
@@ -12,10 +15,12 @@ from conf.sweep_schema import SweepConfig, WorkerConfig
 from lightning_modules.run_dir import open_run_dir
 from sweeps.claims import claim
 from sweeps.plans import plan_given
-from sweeps.steps import Interrupted, Steps
+from sweeps.steps import Interrupted, Steps, set_aside_damaged
 from sweeps.store import Store
 from sweeps.studies import enqueue, make_study
-from sweeps.worker import run_one, work
+from sweeps.trial import run_trial
+from sweeps.worker import main, run_one, work
+from tests.sweeps.directories import leave_training
 
 
 def make(tmp_path) -> Store:
@@ -80,3 +85,45 @@ def test_a_trial_that_heard_of_the_end_first_waits_and_one_asked_by_hand_goes_on
     statuses = iter([143, 0])
     assert by_hand.run("train", tmp_path, WorkerConfig(study="x"), [], {})["status"] == "completed"
     assert next(statuses, None) is None, "it was started again"
+
+
+def test_a_full_disk_fails_no_trial_and_ends_the_worker_with_one_line(tmp_path, monkeypatch, capsys):
+    store = make(tmp_path)
+    study = make_study(store, "train", {"loss": "maximize"}, stage="train", mlflow_run_id=None)
+    enqueue(study, plan_given([{}], [0]))
+
+    def spawn(steps, line, log, environment) -> int:
+        log.write_text("error: step=0000010.ckpt: cannot be written (No space left on device)\n")
+        return 1
+
+    monkeypatch.setattr(Steps, "_spawn", spawn)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the tests' own handlers stay
+    assert main([f"study={tmp_path}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith("cannot be written (No space left on device)")
+    assert study.get_trials()[0].state == TrialState.WAITING
+
+
+def test_damaged_checkpoints_are_set_aside_and_a_lost_model_is_trained_again(tmp_path):
+    store = make(tmp_path)
+    study = make_study(store, "train", {"loss": "maximize"}, stage="train", mlflow_run_id=None)
+    enqueue(study, plan_given([{}], [0]))
+    taken = claim(store, [study])
+    assert taken is not None
+    leave_training(taken.run_dir, checkpoint="checkpoints/step=0000020.ckpt")
+    (taken.run_dir / "checkpoints").mkdir()
+    for step in (10, 20):
+        with zipfile.ZipFile(taken.run_dir / "checkpoints" / f"step={step:07d}.ckpt", "w") as archive:
+            archive.writestr("data", "x" * 100)
+    newest = taken.run_dir / "checkpoints" / "step=0000020.ckpt"
+    os.truncate(newest, newest.stat().st_size - 1)
+    with pytest.raises(Interrupted):
+        run_trial(taken, stop=lambda: True)
+    assert not (taken.run_dir / "result.json").exists(), "nothing would evaluate an older model in its name"
+    set_aside_damaged(newest.parent)  # as before every start
+    assert sorted(path.name for path in newest.parent.iterdir()) == [
+        "step=0000010.ckpt",
+        "step=0000020.ckpt.damaged",
+    ]
+    taken.lock.release()
