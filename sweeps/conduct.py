@@ -8,7 +8,6 @@ Each stage of each model is one MLflow run; its trials are the children. Started
 sweep goes on where it was: finished trials are kept, interrupted ones continued, failed ones tried once more.
 """
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from conf.sweep_schema import SweepConfig, mitigation_points
 from conf.sweep_stages import objectives_of
 from lightning_modules.tracking import Tracker
 from sweeps.budget import is_spent
+from sweeps.endings import GOES_ON, DatabaseGone
 from sweeps.laws.capacity import STUDY as CAPACITY
 from sweeps.laws.capacity import plan_capacity
 from sweeps.live import Display, duration
@@ -45,14 +45,13 @@ from sweeps.report import make_console, write_report
 from sweeps.results import Measured, best_settings, collect, finished, worst_collapse
 from sweeps.samplers import point_of, powers_of
 from sweeps.steps import is_full
-from sweeps.store import DatabaseGone, Store
+from sweeps.store import Store
 from sweeps.studies import enqueue, latest, make_study, retry_failed
 from sweeps.study_dir import prepare
 from sweeps.supervise import Pending, Stopped, SweepFailed, Workers
 
 BASELINE = {"mitigation.name": "none"}
 BUDGET_OVER = 0  # among received signals, whose numbers begin at 1
-GOES_ON = os.EX_TEMPFAIL  # later: by the same command, or by workers elsewhere
 
 Grow = Callable[[Study], Plan]
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from optuna.storages.journal import BaseJournalBackend
 
+from sweeps.endings import DatabaseGone
 from sweeps.locks import ProcessLock
-from sweeps.store import DatabaseGone
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PAUSE_SECONDS = 0.5

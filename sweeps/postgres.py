@@ -20,7 +20,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeps.store import DatabaseGone
+from sweeps.endings import DatabaseGone
 
 T = TypeVar("T")
 

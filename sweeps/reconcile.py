@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     args = from_command_line(ReconcileConfig, __doc__ or "", argv)
     with user_errors():
-        from sweeps.store import DatabaseGone
+        from sweeps.endings import DatabaseGone
         from sweeps.studies import open_store
 
         try:

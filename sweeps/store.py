@@ -28,11 +28,6 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 ID_ATTRIBUTE = "sweep_id"
 
 
-class DatabaseGone(Exception):
-    """The database has not answered, or the journal's disk was full, for as long as storage.patience allows;
-    the message says which."""
-
-
 class Lock(Protocol):
     """Held from a successful acquire until `release`, or until its holder has died."""
 

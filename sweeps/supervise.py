@@ -12,10 +12,10 @@ from optuna.trial import TrialState
 
 from sweeps.budget import is_open
 from sweeps.claims import to_take
+from sweeps.endings import STOPPED, TOO_MANY_FAILURES
 from sweeps.steps import STOP_GRACE_SECONDS, last_words
 from sweeps.store import Store
 from sweeps.tether import tethered
-from sweeps.worker import STOPPED, TOO_MANY_FAILURES
 
 
 class SweepFailed(Exception):

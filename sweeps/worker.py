@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from conf.load import from_command_line, user_errors
 from conf.sweep_schema import WorkerConfig
+from sweeps.endings import STOPPED, TOO_MANY_FAILURES, DatabaseGone
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
     from sweeps.claims import Claim
     from sweeps.store import Store
 
-TOO_MANY_FAILURES = 3
 BUSY_SECONDS = 5.0
-STOPPED = 128 + signal.SIGTERM
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +37,6 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, lambda received, _: stopping.append(received))
     with user_errors():
         from sweeps.steps import DiskFull, is_full
-        from sweeps.store import DatabaseGone
 
         try:
             return work(args, stopping)

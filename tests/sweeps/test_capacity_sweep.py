@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from sweeps.conduct import GOES_ON
+from sweeps.endings import GOES_ON
 from sweeps.store import stage_name
 from sweeps.studies import load_studies
 from tests.sweeps.conftest import SweepProcess

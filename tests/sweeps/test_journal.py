@@ -9,9 +9,10 @@ from optuna.trial import TrialState
 
 from sweeps import journal
 from sweeps.claims import claim, finish
+from sweeps.endings import DatabaseGone
 from sweeps.journal import Journal, mend_journal
 from sweeps.reconcile import main, reconcile
-from sweeps.store import DatabaseGone, Store
+from sweeps.store import Store
 from sweeps.studies import open_store
 from tests.sweeps.test_reconcile import begin, config, make, states, store, study  # noqa: F401
 

@@ -13,8 +13,9 @@ from optuna.trial import TrialState
 from conf.load import parse
 from conf.sweep_schema import SweepConfig
 from sweeps.claims import LostTrial, claim, finish, to_take
+from sweeps.endings import DatabaseGone
 from sweeps.plans import plan_samples
-from sweeps.store import DatabaseGone, Store
+from sweeps.store import Store
 from sweeps.studies import enqueue, make_study
 
 SPAWN = multiprocessing.get_context("spawn")
