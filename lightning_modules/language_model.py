@@ -34,9 +34,10 @@ class LanguageModel(pl.LightningModule):
     """Next-token training of a Mamba2LM.
 
     The loss of an optimizer step is sum(weight * nll) / sum(weight) over the step's tokens, on all ranks and
-    in all micro-batches. training_step returns the sum alone; before the optimizer steps, the gradients are
-    divided by the sum of the weights. So accumulation and ranks give the big batch's gradient also where
-    weights are uneven, as in packed documents.
+    in all micro-batches. The sum of the weights is known before the first micro-batch is read
+    (data.batches.weigh_steps), and every micro-batch's loss is divided by it: accumulation and ranks give the
+    big batch's gradient also where weights are uneven, as in packed documents, and however a strategy
+    reduces, shards or clips gradients.
     """
 
     model: Mamba2LM
@@ -50,6 +51,7 @@ class LanguageModel(pl.LightningModule):
         self.val_metrics: dict[str, float] = {}  # of the last validation
         self._sums: dict[str, Tensor] = {}
         self._micro_batches: list[tuple[Batch, ModelState | None]] = []
+        self._step_weight = torch.ones(())  # of the optimizer step, on all ranks
 
     def configure_model(self) -> None:
         """Build the model once; initial weights depend on the seed alone."""
@@ -64,10 +66,15 @@ class LanguageModel(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """sum(weight * nll) of a micro-batch."""
+        """sum(weight * nll) of a micro-batch over the mean of the step's micro-batches' weights.
+
+        The mean: Lightning divides by their number on this rank, strategies average over ranks.
+        """
         part, count = len(self._micro_batches), len(batch["ids"])
         first = (part * self.trainer.world_size + self.global_rank) * count
         rows = Rows(self.global_step, part, first, count)
+        if part == 0:
+            self._step_weight = self.trainer.strategy.reduce(batch["step_weight"].clone(), reduce_op="sum")
         state = self.initial_state.begin(self.model, batch, rows)
         losses, final = segmented_losses(
             self.model,
@@ -84,18 +91,14 @@ class LanguageModel(pl.LightningModule):
         self._add("loss", loss.detach())
         self._add("weight", batch["loss_weight"].sum())
         self._micro_batches.append((batch, None if state is None else state.detach()))
-        return loss
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size / self._step_weight)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the step's weight. Raises RunError if the loss is not finite."""
+        """Called once a step. Raises RunError if the loss is not finite."""
         sums = self._reduce_sums()
         self.train_loss = sums["loss"] / sums["weight"]
         if not math.isfinite(self.train_loss):
             raise self._non_finite(f"train loss is {self.train_loss}", self._micro_batches)
-        # Lightning has averaged over micro-batches, DDP over ranks.
-        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, shares / sums["weight"])
         self._micro_batches.clear()
         self.initial_state.end_step(self.trainer)
 
