@@ -1,6 +1,7 @@
 """The model as Lightning trains it: loss, optimizer, and metrics that do not depend on how a batch is cut."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,12 @@ from conf.schema import TrainConfig
 from kernels.cross_entropy import linear_cross_entropy
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.carried import Carried
-from lightning_modules.finite import first_non_finite_gradient, first_non_finite_parameter, watch_forward
+from lightning_modules.finite import (
+    first_non_finite_gradient,
+    first_non_finite_parameter,
+    first_of_ranks,
+    watch_forward,
+)
 from lightning_modules.initial_state import Batch, FittedNoise, InitialState, Noise, Passed, Rows
 from lightning_modules.mitigations import build_mitigation
 from lightning_modules.optim import build_optimizer, build_schedule
@@ -111,14 +117,19 @@ class LanguageModel(pl.LightningModule):
         """Clip by the global norm and note it. Raises RunError if it is not finite."""
         parameters = list(self.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.grad_norm = norm.item()
-        if not math.isfinite(self.grad_norm):
-            where = first_non_finite_gradient(self.model) or "the norm alone, which overflowed"
-            raise RunError(
-                f"after step {self.global_step}: gradient norm is {self.grad_norm}; first there: {where}"
-            )
+        self.note_gradient_norm(norm.item(), lambda: first_non_finite_gradient(self.model))
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def note_gradient_norm(self, norm: float, locate: Callable[[], str | None]) -> None:
+        """Take note of the global norm, the same on all ranks. Raises RunError if it is not finite.
+
+        locate: finds the first gradient of this rank that is not finite.
+        """
+        self.grad_norm = norm
+        if not math.isfinite(norm):
+            where = first_of_ranks(locate()) or "the norm alone, which overflowed"
+            raise RunError(f"after step {self.global_step}: gradient norm is {norm}; first there: {where}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["initial_state"] = self.initial_state.state_dict(self.trainer)
@@ -148,8 +159,9 @@ class LanguageModel(pl.LightningModule):
         loss = (batch["loss_weight"] * losses).sum()
         self._add("loss", loss)
         self._add("weight", batch["loss_weight"].sum())
-        if not math.isfinite(loss.item()):
-            raise self._non_finite(f"val/loss is {loss.item()}", [(batch, None)])
+        total = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="sum").item()
+        if not math.isfinite(total):  # on all ranks: they find out together
+            raise self._non_finite(f"val/loss is {total}", [(batch, None)])
         rows = answer.any(1)
         self._add("digits", answer.sum())
         self._add("right_digits", answer.sum() - wrong.sum())
@@ -185,16 +197,25 @@ class LanguageModel(pl.LightningModule):
     def _non_finite(self, what: str, batches: list[tuple[Batch, ModelState | None]]) -> RunError:
         """The error that names the first tensor to blame: a parameter, or one that the forward pass makes."""
         where = first_non_finite_parameter(self.model)
+        if where is None:
+            run_inside = getattr(self.trainer.strategy, "run_inside", None)
+            where = self.watch(batches) if run_inside is None else run_inside("watch", batches)
+            where = first_of_ranks(where) or "the loss itself"
+        return RunError(f"after step {self.global_step}: {what}; first not finite: {where}")
+
+    def watch(self, batches: list[tuple[Batch, ModelState | None]]) -> str | None:
+        """Read micro-batches again and name the first tensor in them that is not finite.
+
+        All of them, whatever comes: ranks may have to gather parameters together.
+        """
         precision = self.trainer.precision_plugin.forward_context()
         with torch.no_grad(), precision, watch_forward(self.model) as found:
-            for batch, state in batches if where is None else []:
-                if not found:
-                    self.model.token_losses(
-                        batch["ids"],
-                        batch["targets"],
-                        state,
-                        document_starts=batch.get("document_starts"),
-                        mitigation=self.mitigation,
-                    )
-        where = where or (found[0] if found else "the loss itself")
-        return RunError(f"after step {self.global_step}: {what}; first not finite: {where}")
+            for batch, state in batches:
+                self.model.token_losses(
+                    batch["ids"],
+                    batch["targets"],
+                    state,
+                    document_starts=batch.get("document_starts"),
+                    mitigation=self.mitigation,
+                )
+        return found[0] if found else None
