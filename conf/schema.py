@@ -14,6 +14,7 @@ from conf.fields import option, require, require_at_least, section
 from conf.initial_state import InitialStateConfig
 from conf.mitigation import MitigationConfig
 from conf.passkey import NEEDLE, OPENING, QUESTION
+from conf.zero import DeepSpeedConfig
 
 
 def is_power_of_two(n: int) -> bool:
@@ -219,7 +220,9 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "device type")
     devices: int = option(1, "devices per node")
     num_nodes: int = option(1, "nodes")
-    strategy: Literal["auto", "ddp"] = option("auto", "auto: ddp as soon as there are several devices")
+    strategy: Literal["auto", "ddp", "deepspeed"] = option(
+        "auto", "auto: ddp as soon as there are several devices; deepspeed: ZeRO, see section deepspeed"
+    )
     precision: Literal["32-true", "bf16-mixed"] = option("32-true", "bf16-mixed: states, decays in fp32")
     threads: int | None = option(None, "CPU threads of this process; none: all cores")
     log_every: int = option(10, "optimizer steps between logged points")
@@ -268,6 +271,7 @@ class TrainConfig:
     data: DataConfig = section(DataConfig)
     optim: OptimConfig = section(OptimConfig)
     trainer: TrainerConfig = section(TrainerConfig)
+    deepspeed: DeepSpeedConfig = section(DeepSpeedConfig)
     mitigation: MitigationConfig = section(MitigationConfig)
     initial_state: InitialStateConfig = section(InitialStateConfig)
     probe: ProbeConfig = section(ProbeConfig)
@@ -295,6 +299,11 @@ class TrainConfig:
             self.data.curriculum_steps,
             f"must be below trainer.max_steps={self.trainer.max_steps}",
         )
+        if self.trainer.strategy != "deepspeed":
+            for name, default in vars(DeepSpeedConfig()).items():
+                value, remedy = getattr(self.deepspeed, name), "belongs to trainer.strategy=deepspeed"
+                unset = f"deepspeed.{name}={'null' if default is None else str(default).lower()}"
+                require(value == default, f"deepspeed.{name}", value, f"{remedy}: set that, or {unset}")
         self._check_initial_state(rows=self.data.batch_size // shares)
         self._check_mitigation()
 

@@ -1,7 +1,8 @@
 """Which samples each micro-batch holds, and loaders that hand them out from any step on."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -118,6 +119,23 @@ class BatchLoader:
         )
 
 
+def weigh_steps(batches: Iterable[Batch], accumulate: int) -> Iterator[Batch]:
+    """Micro-batches with `step_weight`: the loss weight of all those of their optimizer step on this rank.
+
+    A step's micro-batches are fetched together, so that the first already knows what the last weighs.
+    """
+    for step in batched(batches, accumulate):
+        weight = torch.stack([batch["loss_weight"].sum() for batch in step]).sum()
+        for batch in step:
+            yield {**batch, "step_weight": weight}
+
+
+def batched(batches: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
+    iterator = iter(batches)
+    while some := list(islice(iterator, count)):
+        yield some
+
+
 class TrainLoader(BatchLoader):
     """A loader that continues where the optimizer stands, not where an iterator stood.
 
@@ -134,7 +152,10 @@ class TrainLoader(BatchLoader):
     ) -> None:
         super().__init__(batches, first=lambda: steps_done() * batches.accumulate, **options)
         self.steps_done, self.content = steps_done, content
-        self.batch_size = batches.batch_size
+        self.batch_size, self.accumulate = batches.batch_size, batches.accumulate
+
+    def __iter__(self) -> Iterator[Batch]:
+        return weigh_steps(super().__iter__(), self.accumulate)
 
     def state_dict(self) -> dict[str, Any]:
         """samples: the first global sample that no finished step has consumed."""

@@ -36,6 +36,7 @@ from lightning_modules.metrics_file import MetricsFile, copy_points
 from lightning_modules.run_dir import RunDir, config_hash, is_rank_zero, require_same_settings
 from lightning_modules.schedule import stable_steps
 from lightning_modules.slurm import is_rank
+from lightning_modules.strategies.zero import ZeroStrategy, build_strategy
 from lightning_modules.termination import Termination
 from lightning_modules.tracking import Tracker
 
@@ -69,6 +70,8 @@ def fit(run: RunDir) -> dict[str, Any]:
         print(f"continuing from {checkpoint_io.path}", flush=True)
     elif config.continue_from is not None:
         checkpoint_io = continue_from(run, Path(config.continue_from))
+    on_cpu = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    strategy = build_strategy(config, on_cpu)
     module = LanguageModel(config)
     if config.init_from is not None and checkpoint_io.path is None:
         start_from(config.init_from, module)
@@ -88,7 +91,7 @@ def fit(run: RunDir) -> dict[str, Any]:
         saving = SaveCheckpoints(config, run.checkpoints, termination, tracker.run_id)
         probes = [OverLengthProbe(config)] if config.probe.factor else []
         callbacks = [*probes, metrics, Progress(config, metrics), PrintSummary(), saving]
-        trainer = build_trainer(run, tracker, callbacks, checkpoint_io)
+        trainer = build_trainer(run, tracker, callbacks, checkpoint_io, strategy, on_cpu)
         try:
             data = TokenDataModule(config)
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint_io.path, weights_only=True)
@@ -184,10 +187,14 @@ def start_from(path: str, module: LanguageModel) -> None:
 
 
 def build_trainer(
-    run: RunDir, tracker: Tracker, callbacks: list[pl.Callback], checkpoint_io: AtomicCheckpointIO
+    run: RunDir,
+    tracker: Tracker,
+    callbacks: list[pl.Callback],
+    checkpoint_io: AtomicCheckpointIO,
+    strategy: str | ZeroStrategy,
+    on_cpu: bool,
 ) -> pl.Trainer:
     settings, optim = run.config.trainer, run.config.optim
-    on_cpu = settings.accelerator == "cpu" or not torch.cuda.is_available()
     if on_cpu and settings.precision.startswith("bf16") and not has_native_bf16():
         print(
             f"warning: trainer.precision={settings.precision} is emulated on this CPU, which has no "
@@ -199,8 +206,8 @@ def build_trainer(
         accelerator="cpu" if on_cpu else "cuda",
         devices=settings.devices,
         num_nodes=settings.num_nodes,
-        strategy=settings.strategy,
-        precision=settings.precision,
+        strategy=strategy,
+        precision=settings.precision if isinstance(strategy, str) else None,
         max_steps=settings.max_steps,
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=optim.grad_clip or None,

@@ -35,6 +35,7 @@ FREE_SETTINGS = (
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.strategy",
+    "deepspeed.",
     "trainer.threads",
     "trainer.progress_bar",
     "trainer.checkpoint_every",
