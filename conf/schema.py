@@ -16,6 +16,11 @@ from conf.mitigation import MitigationConfig
 from conf.passkey import NEEDLE, OPENING, QUESTION
 from conf.zero import DeepSpeedConfig
 
+REFUSED_IN_CONTEXT = {  # mitigations under which a sequence cannot be sharded over ranks
+    "state_norm": "clipping is not linear in the state: no piece could begin before those before it",
+    "sliding_window": "what enters a piece would be a window of tokens, as long as the window",
+}
+
 
 def is_power_of_two(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
@@ -212,7 +217,9 @@ class TrainerConfig:
     max_steps: int = option(1000, "optimizer steps")
     accumulate: int = option(1, "micro-batches per optimizer step; divides data.batch_size")
     segment_length: int | None = option(
-        None, "tokens read at a time, recomputed backwards: memory of a segment, exact gradients; none: all"
+        None,
+        "tokens that a rank reads at a time, recomputed backwards: memory of a segment, exact gradients; "
+        "none: all",
     )
     truncate_after: int | None = option(
         None, "segments after which gradients of the state are cut (truncated backpropagation); none: never"
@@ -220,6 +227,9 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "device type")
     devices: int = option(1, "devices per node")
     num_nodes: int = option(1, "nodes")
+    context_parallel: int = option(
+        1, "ranks that share each sequence, a piece each; divides devices * num_nodes and the lengths"
+    )
     strategy: Literal["auto", "ddp", "deepspeed"] = option(
         "auto", "auto: ddp as soon as there are several devices; deepspeed: ZeRO, see section deepspeed"
     )
@@ -233,13 +243,26 @@ class TrainerConfig:
     progress_bar: bool = option(True, "a progress bar with tokens/s when the output is a terminal")
 
     def __post_init__(self) -> None:
-        names = ["max_steps", "accumulate", "devices", "num_nodes", "log_every", "val_every", "keep_last"]
-        require_at_least("trainer", self, 1, *names, "checkpoint_every")
+        names = ["max_steps", "accumulate", "devices", "num_nodes", "context_parallel", "log_every"]
+        require_at_least("trainer", self, 1, *names, "val_every", "keep_last", "checkpoint_every")
+        remedy = f"must divide the ranks, devices * num_nodes = {self.ranks}"
+        require(
+            self.ranks % self.context_parallel == 0, "trainer.context_parallel", self.context_parallel, remedy
+        )
         optional = ("threads", "segment_length", "truncate_after")
         require_at_least("trainer", self, 1, *(name for name in optional if getattr(self, name) is not None))
         needs_segments = self.truncate_after is None or self.segment_length is not None
         remedy = "counts segments: give trainer.segment_length as well"
         require(needs_segments, "trainer.truncate_after", self.truncate_after, remedy)
+
+    @property
+    def ranks(self) -> int:
+        return self.devices * self.num_nodes
+
+    @property
+    def data_ranks(self) -> int:
+        """Groups of ranks that read different sequences."""
+        return self.ranks // self.context_parallel
 
 
 @dataclass(kw_only=True)
@@ -279,13 +302,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least("config", self, 0, "seed")
-        ranks = self.trainer.devices * self.trainer.num_nodes
-        shares = ranks * self.trainer.accumulate
+        shares = self.trainer.data_ranks * self.trainer.accumulate
         require(
             self.data.batch_size % shares == 0,
             "data.batch_size",
             self.data.batch_size,
-            f"must be a multiple of devices * num_nodes * accumulate = {shares}",
+            f"must be a multiple of {self._batch_factors()} = {shares}",
         )
         require(
             self.data.tokenizer != "bytes" or self.model.vocab_size >= 256,
@@ -306,6 +328,34 @@ class TrainConfig:
                 require(value == default, f"deepspeed.{name}", value, f"{remedy}: set that, or {unset}")
         self._check_initial_state(rows=self.data.batch_size // shares)
         self._check_mitigation()
+        if self.trainer.context_parallel > 1:
+            self._check_context_parallel()
+
+    def _batch_factors(self) -> str:
+        shared = " / context_parallel" if self.trainer.context_parallel > 1 else ""
+        return f"devices * num_nodes{shared} * accumulate"
+
+    def _check_context_parallel(self) -> None:
+        size, lags, segment = (
+            self.trainer.context_parallel,
+            self.model.d_conv - 1,
+            self.trainer.segment_length,
+        )
+        name, rule = "trainer.context_parallel", self.mitigation
+        reason = REFUSED_IN_CONTEXT.get(rule.name)
+        require(reason is None, name, size, f"not under mitigation.name={rule.name}: {reason}")
+        some = rule.name == "hard_reset" and bool(rule.heads)
+        require(not some, name, size, "not under hard_reset of some heads: each would have its own resets")
+        remedy = "not with initial_state.bptt_segments above 1: use longer rows and trainer.segment_length"
+        require(self.initial_state.bptt_segments == 1, name, size, remedy)
+        for field in ("train_length", "curriculum_length"):
+            length = getattr(self.data, field)
+            if length is None:
+                continue
+            require(length % size == 0, f"data.{field}", length, f"must be a multiple of {name}={size}")
+            pieces = {length // size} if segment is None else {segment, length // size % segment} - {0}
+            remedy = f"leaves a rank {min(pieces)} tokens at a time: model.d_conv needs at least {lags}"
+            require(min(pieces) >= lags, f"data.{field}", length, remedy)
 
     def _check_mitigation(self) -> None:
         rule = self.mitigation

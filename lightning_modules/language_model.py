@@ -8,9 +8,11 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from conf.schema import TrainConfig
+from kernels.context import Context
 from kernels.cross_entropy import linear_cross_entropy
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.carried import Carried
@@ -58,6 +60,18 @@ class LanguageModel(pl.LightningModule):
         self._sums: dict[str, Tensor] = {}
         self._micro_batches: list[tuple[Batch, ModelState | None]] = []
         self._step_weight = torch.ones(())  # of the optimizer step, on all ranks
+        self.context: Context | None = None  # the ranks that share this one's rows
+
+    def setup(self, stage: str) -> None:
+        """Find the ranks of a 2-D mesh, data x context, that hold other pieces of this rank's rows."""
+        size, world = self.config.trainer.context_parallel, self.trainer.world_size
+        if size > 1 and self.context is None:
+            mesh = init_device_mesh(
+                self.trainer.strategy.root_device.type,
+                (world // size, size),
+                mesh_dim_names=("data", "context"),
+            )
+            self.context = Context(mesh.get_group("context"))
 
     def configure_model(self) -> None:
         """Build the model once; initial weights depend on the seed alone."""
@@ -77,7 +91,8 @@ class LanguageModel(pl.LightningModule):
         The mean: Lightning divides by their number on this rank, strategies average over ranks.
         """
         part, count = len(self._micro_batches), len(batch["ids"])
-        first = (part * self.trainer.world_size + self.global_rank) * count
+        size = self.config.trainer.context_parallel
+        first = (part * self.trainer.world_size + self.global_rank) // size * count
         rows = Rows(self.global_step, part, first, count)
         if part == 0:
             self._step_weight = self.trainer.strategy.reduce(batch["step_weight"].clone(), reduce_op="sum")
@@ -91,6 +106,7 @@ class LanguageModel(pl.LightningModule):
             mitigation=self.mitigation,
             length=self.config.trainer.segment_length,
             truncate_after=self.config.trainer.truncate_after,
+            context=self.context,
         )
         self.initial_state.end(batch, rows, final)
         loss = (batch["loss_weight"] * losses).sum()
@@ -150,6 +166,7 @@ class LanguageModel(pl.LightningModule):
             document_starts=batch.get("document_starts"),
             mitigation=self.mitigation,
             length=self.config.trainer.segment_length,
+            context=self.context,
         )
         for span, hidden in pieces:
             losses[:, span] = linear_cross_entropy(hidden, self.model.lm_head.weight, targets[:, span])
@@ -162,11 +179,14 @@ class LanguageModel(pl.LightningModule):
         total = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="sum").item()
         if not math.isfinite(total):  # on all ranks: they find out together
             raise self._non_finite(f"val/loss is {total}", [(batch, None)])
-        rows = answer.any(1)
         self._add("digits", answer.sum())
         self._add("right_digits", answer.sum() - wrong.sum())
+        rows, failed = answer.any(1), wrong.any(1)
+        if self.context is not None:  # an answer may lie on several ranks: the first counts the rows
+            shares = self.context.all_gather(torch.stack([rows, failed]).to(torch.uint8))
+            rows, failed = shares.amax(0).bool() & (self.context.rank == 0)
         self._add("rows", rows.sum())
-        self._add("right_rows", (rows & ~wrong.any(1)).sum())
+        self._add("right_rows", (rows & ~failed).sum())
         self._add("answer_loss", losses[answer].sum())
 
     def on_validation_epoch_end(self) -> None:

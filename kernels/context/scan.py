@@ -57,7 +57,7 @@ def context_scan(
     Raises:
         ValueError: for a mitigation under which pieces cannot be merged, and as `ssd_scan`.
     """
-    rule = mitigation or NONE
+    rule = spread(mitigation or NONE, x.shape[2], x.device)
     if (reason := refusal(rule.name, rule.heads)) is not None:
         raise ValueError(f"mitigation {rule.name}: not under context parallelism: {reason}")
     if rule.name == "hard_reset":
@@ -65,8 +65,7 @@ def context_scan(
         document_starts, rule = hard_resets(document_starts, position, x, rule.every), NONE
     first = context.rank == 0
     with torch.no_grad():
-        rates = spread(rule, x.shape[2], x.device)
-        log_decay, insert = discretize(dt, A.float(), dt_bias, dt_softplus, dt_limit, rates)
+        log_decay, insert = discretize(dt, A.float(), dt_bias, dt_softplus, dt_limit, rule)
         reach = _reach(log_decay, document_starts)
         added = _weighted_sum(reach.outward * insert, x, B)
         if first and initial_state is not None:

@@ -209,7 +209,7 @@ def zero_config(config: TrainConfig, on_cpu: bool) -> dict[str, Any]:
         **further,
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": data.batch_size
-        // (trainer.devices * trainer.num_nodes * trainer.accumulate),
+        // (trainer.data_ranks * trainer.accumulate),
         "gradient_clipping": config.optim.grad_clip,
         "torch_autocast": {
             "enabled": trainer.precision == "bf16-mixed",

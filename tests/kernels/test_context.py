@@ -1,7 +1,6 @@
 """The operators on a sharded sequence against the same operators on the whole of it, on 2 and 4 processes."""
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
