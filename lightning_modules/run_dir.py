@@ -34,6 +34,7 @@ FREE_SETTINGS = (
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
+    "trainer.context_parallel",
     "trainer.strategy",
     "deepspeed.",
     "trainer.threads",

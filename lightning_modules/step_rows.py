@@ -32,4 +32,6 @@ def own_rows(rows: Tensor, trainer: pl.Trainer) -> list[Tensor]:
 
 def _context(trainer: pl.Trainer) -> int:
     """Ranks of a context group."""
+    if trainer.world_size == 1:
+        return 1
     return trainer.lightning_module.config.trainer.context_parallel  # type: ignore[union-attr, return-value]

@@ -12,7 +12,7 @@ from kernels.ssd.heads import spread
 from kernels.ssd.mitigation import NONE
 from kernels.ssd.operators import hard_resets
 
-BLOCK_TOKENS = 4096  # of all rows: bounds the fp32 copies of `_weighted_sum`
+BLOCK_TOKENS = 16384  # of all rows: bounds the copies that `_weighted_sum` makes
 
 
 def refusal(name: str, heads: object) -> str | None:
@@ -113,8 +113,19 @@ def _weighted_sum(weight: Tensor, u: Tensor, V: Tensor) -> Tensor:
         for start in range(0, length, step):
             span = slice(start, start + step)
             left = (u[:, span] * weight[:, span, :, None]).unflatten(2, (groups, -1)).flatten(3)  # b t g kp
-            total += left.permute(0, 2, 3, 1) @ V[:, span].float().transpose(1, 2)
+            total += _product(left.permute(0, 2, 3, 1), V[:, span].transpose(1, 2))
     return total.view(batch, heads, headdim, d_state)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left (B, G, M, T) fp32 times right (B, G, T, N), in fp32.
+
+    On a GPU tensor cores read 16-bit operands and sum in fp32: left is rounded, as operands of the scan are.
+    """
+    if not right.is_cuda or right.dtype not in (torch.bfloat16, torch.float16):
+        return left @ right.float()
+    sums = torch.bmm(left.to(right.dtype).flatten(0, 1), right.flatten(0, 1), out_dtype=torch.float32)
+    return sums.unflatten(0, right.shape[:2])
 
 
 def _all_gather(context: Context, kept: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,42 @@ def check_model(given: str, rule: Mitigation, length: int | None, truncate_after
             assert_close(own.conv, one.conv, 1e-5, "inputs of the convolution")
 
 
+def check_autocast() -> None:
+    """bf16 products, fp32 summaries: as far from one process as bf16 is from itself."""
+    context = Context(dist.group.WORLD)
+    model, ids = Mamba2LM(CONFIG), torch.randint(CONFIG.vocab_size, (BATCH, LENGTH + 1))
+    batch = {"ids": ids[:, :-1], "targets": ids[:, 1:]}
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, _ = model.token_losses(**batch)
+        own = Piece(context.rank, context.size, 6).of(batch)
+        losses, final = segmented_losses(model, **own, length=6, context=context)
+    assert all(layer.ssm.dtype == torch.float32 for layer in final.layers)  # type: ignore[union-attr]
+    expected = torch.autograd.grad(whole.sum(), list(model.parameters()))
+    gradients = torch.autograd.grad(losses.sum(), list(model.parameters()))
+    for actual, one in zip(gradients, expected, strict=True):
+        actual = actual.contiguous()
+        dist.all_reduce(actual)
+        assert_close(actual, one, 3e-2, "gradient")
+
+
+def check_one_reduction() -> None:
+    """What DDP and ZeRO hang on a parameter runs once a backward pass, however many segments."""
+    context = Context(dist.group.WORLD)
+    model, ids = Mamba2LM(CONFIG), torch.randint(CONFIG.vocab_size, (BATCH, 24))
+    counts = dict.fromkeys(dict(model.named_parameters()), 0)
+    for name, parameter in model.named_parameters():
+
+        def count(_: torch.Tensor, name: str = name) -> None:
+            counts[name] += 1
+
+        parameter.register_post_accumulate_grad_hook(count)
+    segmented_losses(model, ids, ids, length=5, context=context)[0].sum().backward()
+    assert set(counts.values()) == {1}
+
+
 def check_models() -> None:
+    check_autocast()
+    check_one_reduction()
     check_model("state", NONE, None)
     check_model("documents", NONE, None)
     check_model("zero", NONE, 9)  # the last segment is shorter
@@ -113,7 +148,7 @@ def test_two_ranks_train_on_prompts_as_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "further",
     [
-        ["trainer.segment_length=5", "data.documents.layout=packed"],
+        ["trainer.segment_length=9", "data.documents.layout=packed"],
         ["initial_state.name=carried", "initial_state.reset_probability=0.2"],
         ["initial_state.name=fitted_noise", "initial_state.reset_probability=0.2"],
         ["initial_state.name=passed", "initial_state.reset_probability=0.2"],
@@ -129,6 +164,18 @@ def test_four_ranks_train_as_one(tmp_path: Path, further: list[str]) -> None:
     assert train([*argv, f"run_dir={tmp_path}/mixed"], tmp_path / "output.txt") == 0
     assert_equal_runs(tmp_path / "one", tmp_path / "four")
     assert_equal_runs(tmp_path / "one", tmp_path / "mixed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_x_context_trains_as_one_rank(tmp_path: Path, stage: int) -> None:
+    """DeepSpeed shards over all ranks of the mesh, context ranks included."""
+    zero = ["trainer.strategy=deepspeed", f"deepspeed.stage={stage}", "trainer.segment_length=10"]
+    assert train([*PACKED, f"run_dir={tmp_path}/one"], tmp_path / "output.txt") == 0
+    for ranks in (2, 4):
+        run_dir = tmp_path / str(ranks)
+        train_sharded(run_dir, ranks, [*PACKED, *zero, "trainer.context_parallel=2"])
+        assert_equal_runs(tmp_path / "one", run_dir)
 
 
 NAME = "trainer.context_parallel=2"
