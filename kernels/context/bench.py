@@ -53,13 +53,17 @@ class Network:
         return 2 * (size - 1).bit_length() * self.latency + 2 * (size - 1) / size * nbytes / self.bandwidth
 
 
-NVLINK = Network("NVLink within 8 GPUs", 300e9, 5e-6)
-FABRIC = Network("400 Gb/s a GPU between nodes", 40e9, 10e-6)
+NODE = Network("8 GPUs of one node, NVLink", 300e9, 5e-6)
+NODES = Network("nodes of 8 GPUs, 400 Gb/s a GPU, all adapters at once", 300e9, 10e-6)
+ETHERNET = Network("nodes with 100 Gb/s each", 12.5e9, 30e-6)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """mamba2-370m: a layer's sizes, FLOPs and messages. flops: what the device reaches in the whole step."""
+    """mamba2-370m: a layer's sizes, FLOPs and messages.
+
+    flops, memory: FLOPs and bytes a second that the device is assumed to reach over the whole step.
+    """
 
     layers: int = 48
     d_model: int = 1024
@@ -68,6 +72,7 @@ class Layer:
     d_state: int = 128
     parameters: float = 368e6
     flops: float = 300e12
+    memory: float = 3e12
 
     @property
     def state_bytes(self) -> int:
@@ -78,12 +83,14 @@ class Layer:
         return 2 * 3 * (self.heads * self.headdim + 2 * self.d_state)
 
     def step_seconds(self, tokens: int) -> float:
-        """Forward, recomputed once, and backward, of one layer's `tokens` on a rank, at 8 N FLOPs a token."""
+        """Forward, once more for the backward pass, and that: 8 FLOPs a token and parameter of one layer."""
         return 8 * self.parameters / self.layers * tokens / self.flops
 
     def sums_seconds(self, tokens: int) -> float:
-        """S in both forward passes and R: 2 HPN FLOPs a token each, at a quarter of `flops` (fp32 sums)."""
-        return 3 * 2 * self.heads * self.headdim * self.d_state * tokens / (self.flops / 4)
+        """S in both forward passes and R: x or dy is read, weighted, written and read again; 2 HPN FLOPs."""
+        numbers = self.heads * self.headdim
+        token = 3 * 2 * numbers / self.memory + 2 * numbers * self.d_state / self.flops
+        return 3 * token * tokens
 
     def waiting_seconds(self, size: int, network: Network) -> float:
         """Two forward passes and one backward, nothing of it hidden."""
@@ -98,25 +105,21 @@ def efficiency(layer: Layer, size: int, tokens: int, network: Network) -> float:
 
 def project() -> None:
     layer = Layer()
-    for network, sizes in ((NVLINK, (2, 4, 8)), (FABRIC, (8, 16, 32, 64))):
+    for network, sizes in ((NODE, (2, 4, 8)), (NODES, (16, 32, 64)), (ETHERNET, (2, 4, 8, 16))):
         print(f"\n{network.name}: efficiency by ranks K (columns) and tokens a rank (rows)")
         print(f"{'':>10}" + "".join(f"{size:>9}" for size in sizes))
         for tokens in (4096, 16384, 65536, 131072):
-            row = "".join(f"{efficiency(layer, size, tokens, network):>9.1%}" for size in sizes)
+            row = "".join(f"{efficiency(layer, size, tokens, network):>9.0%}" for size in sizes)
             print(f"{tokens:>10,}{row}")
     print("\n1,048,576 tokens a sequence, GPUs = data x context:")
     print(f"{'GPUs':>6}{'context':>9}{'data':>6}{'tokens/step':>13}{'efficiency':>12}{'tokens/s':>13}")
-    for gpus in (8, 64, 256, 1024):
-        for size in (8, 32):
-            if size > gpus:
-                continue
-            data, tokens = gpus // size, 2**20 // size
-            network = NVLINK if size <= 8 else FABRIC
-            alone = layer.layers * layer.step_seconds(tokens)
-            step = alone / efficiency(layer, size, tokens, network)
-            step += FABRIC.all_reduce(gpus, 4 * layer.parameters) if gpus > 8 else 0.0
-            rate = data * 2**20 / step
-            print(f"{gpus:>6}{size:>9}{data:>6}{data * 2**20:>13,}{alone / step:>12.1%}{rate:>13,.0f}")
+    for gpus, size in ((8, 8), (64, 8), (64, 32), (256, 8), (256, 32), (1024, 8), (1024, 32), (1024, 128)):
+        data, tokens = gpus // size, 2**20 // size
+        alone = layer.layers * layer.step_seconds(tokens)
+        step = alone / efficiency(layer, size, tokens, NODE if size <= 8 else NODES)
+        step += (NODE if gpus <= 8 else NODES).all_reduce(gpus, 4 * layer.parameters)
+        rate = data * 2**20 / step
+        print(f"{gpus:>6}{size:>9}{data:>6}{data * 2**20:>13,}{alone / step:>12.0%}{rate:>13,.0f}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,37 +151,42 @@ def _measure(rank: int, config: ContextBenchConfig, port: int) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=config.ranks)
-    alone = dist.new_group([0])
-    if rank == 0:
-        plain = _seconds(config, config.length, None)
-        assert alone is not None
-        sums = _seconds(config, config.length, Context(alone))
-    dist.barrier()
-    everyone = dist.group.WORLD
+    first, everyone = dist.new_group([0]), dist.group.WORLD
     assert everyone is not None
+    if rank == 0:
+        assert first is not None
+        print(f"{config.length:,} tokens, a layer's convolution and scan, forward and backward:")
+        plain = _seconds(config, config.length, None)
+        print(f"  one rank                      {plain[0]:7.3f} s, of the processor {plain[1]:7.3f} s")
+        sums = _seconds(config, config.length, Context(first))
+        print(f"  and the sums S and R          {sums[0]:7.3f} s, of the processor {sums[1]:7.3f} s")
+    dist.barrier()
     context = Context(everyone)
     piece = _seconds(config, config.length // config.ranks, context)
     before = context.bytes_sent
     _step(config, config.length // config.ranks, context)
+    used = torch.tensor(piece[1])
+    dist.all_reduce(used)
     if rank == 0:
-        print(f"{config.length:,} tokens, a layer's convolution and scan, forward and backward, ms")
-        print(f"  one rank                       {plain * 1e3:9.1f}")
-        print(f"  a group of one: the sums too   {sums * 1e3:9.1f}   {sums / plain:6.2f} x")
-        speed = plain / piece
-        print(f"  {config.ranks} ranks                        {piece * 1e3:9.1f}   {speed:6.2f} x as fast, "
-              f"efficiency {speed / config.ranks:.0%}")  # fmt: skip
-        print(f"  bytes that a rank sends        {context.bytes_sent - before:9,}")
+        print(
+            f"  {config.ranks} ranks                       {piece[0]:7.3f} s, of all processors {used:6.3f} s"
+        )
+        clock, work = plain[0] / piece[0] / config.ranks, plain[1] / used
+        print(f"  efficiency: {clock:.0%} by the clock, {work:.0%} by work")
+        print(f"  bytes that a rank sends: {context.bytes_sent - before:,}")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _seconds(config: ContextBenchConfig, length: int, context: object) -> float:
-    times = []
+def _seconds(config: ContextBenchConfig, length: int, context: object) -> tuple[float, float]:
+    """By the clock, and of this process's threads: what others take from the machine shows in the first."""
+    walls, works = [], []
     for _ in range(config.repeats):
-        began = time.perf_counter()
+        wall, work = time.perf_counter(), time.process_time()
         _step(config, length, context)
-        times.append(time.perf_counter() - began)
-    return min(times)
+        walls.append(time.perf_counter() - wall)
+        works.append(time.process_time() - work)
+    return min(walls), min(works)
 
 
 def _step(config: ContextBenchConfig, length: int, context: object) -> None:
