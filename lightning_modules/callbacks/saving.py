@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_modules.checkpoints import (
     write_checkpoint,
 )
 from lightning_modules.finite import first_non_finite_parameter
+from lightning_modules.optim import full_shape
 from lightning_modules.run_dir import RunError
 from lightning_modules.schedule import stable_steps
 from lightning_modules.termination import Termination
@@ -56,6 +58,7 @@ class SaveCheckpoints(Checkpoint):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._require_space(trainer)
         self._step = trainer.global_step
         self.termination.deferred = True
         self.termination.install()
@@ -131,6 +134,7 @@ class SaveCheckpoints(Checkpoint):
         where = first_non_finite_parameter(trainer.lightning_module)
         if where is not None:
             raise RunError(f"after step {self._step}: first not finite: {where}; nothing saved")
+        self._require_space(trainer)
         path = checkpoint_path(self.folder, self._step)
         try:
             trainer.save_checkpoint(path, weights_only=False)
@@ -142,6 +146,26 @@ class SaveCheckpoints(Checkpoint):
             raise RunError(
                 f"{path}: cannot be written ({error.strerror or error}); last good one: {kept}"
             ) from None
+
+    def _require_space(self, trainer: pl.Trainer) -> None:
+        """Raise RunError, on all ranks, if the disk has no room for one more checkpoint.
+
+        That is the parameters and AdamW's two moments, and what the last one held beside them.
+        """
+        assert trainer.lightning_module is not None
+        missing = 0
+        if trainer.is_global_zero:
+            needed = 3 * sum(4 * full_shape(p).numel() for p in trainer.lightning_module.parameters())
+            last = next(iter(list_checkpoints(self.folder)), None)
+            needed = max(needed, 0 if last is None else last.stat().st_size)
+            missing = max(0, needed - shutil.disk_usage(self.folder).free)
+        missing = _highest(trainer, missing)
+        if missing:
+            kept = next(iter(list_checkpoints(self.folder)), None)
+            raise RunError(
+                f"{self.folder}: the disk lacks {missing / 2**20:,.1f} MiB for a checkpoint: free some and "
+                f"give the same command again; last good one: {kept}"
+            )
 
 
 def _highest(trainer: pl.Trainer, value: int) -> int:
