@@ -228,6 +228,9 @@ class TrainerConfig:
     log_every: int = option(10, "optimizer steps between logged points")
     val_every: int = option(100, "optimizer steps between validations")
     checkpoint_every: int = option(100, "optimizer steps between checkpoints")
+    async_checkpoints: bool = option(
+        False, "train on while a checkpoint is written, from a copy of weights and optimizer in CPU memory"
+    )
     keep_last: int = option(2, "checkpoints kept")
     keep_stable: bool = option(False, "keep stable.ckpt too, before the decay: longer runs can continue it")
     progress_bar: bool = option(True, "a progress bar with tokens/s when the output is a terminal")

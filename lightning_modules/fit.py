@@ -71,6 +71,7 @@ def fit(run: RunDir) -> dict[str, Any]:
         print(f"continuing from {checkpoint_io.path}", flush=True)
     elif config.continue_from is not None:
         checkpoint_io = continue_from(run, Path(config.continue_from))
+    checkpoint_io.in_background = config.trainer.async_checkpoints
     on_cpu = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
     strategy = build_strategy(config, on_cpu)
     module = LanguageModel(config)

@@ -31,8 +31,8 @@ def require_world_size(config: TrainConfig) -> None:
     if started is not None and int(started) != asked:
         devices, nodes = config.trainer.devices, config.trainer.num_nodes
         raise ValueError(
-            f"trainer.devices={devices}: with trainer.num_nodes={nodes} asks for {asked} ranks, but {launcher} "
-            f"started {started}: make them equal; a run continues on any number"
+            f"trainer.devices={devices}: with trainer.num_nodes={nodes} asks for {asked} ranks, but "
+            f"{launcher} started {started}: make them equal; a run continues on any number"
         )
 
 

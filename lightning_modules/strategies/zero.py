@@ -9,7 +9,9 @@ fp32.
 Checkpoints are those of every other strategy (zero_states.py): any of them, on any number of ranks, goes on.
 """
 
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -76,6 +78,9 @@ class ZeroStrategy(DeepSpeedStrategy):
             precision_plugin=ZeroPrecision(config.trainer.precision, "cpu" if on_cpu else "cuda"),
             process_group_backend="gloo" if on_cpu else None,
         )
+        # What a user need not know: that it begins, and that it calls a PyTorch function by its old name.
+        logging.getLogger("lightning.pytorch.strategies.deepspeed").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated")
         if on_cpu:
             import deepspeed
 

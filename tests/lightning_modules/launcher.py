@@ -58,13 +58,10 @@ def train_on_ranks(
 
     own: further settings of each rank.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     argv = [*argv, f"trainer.devices={ranks}", "trainer.accelerator=cpu"]
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    meeting = rendezvous()
     processes = [
-        start_train([*argv, *(own[rank] if own else [])], output, LOCAL_RANK=str(rank), **rendezvous)
+        start_train([*argv, *(own[rank] if own else [])], output, LOCAL_RANK=str(rank), **meeting)
         for rank in range(ranks)
     ]
     while alive := [process for process in processes if process.is_alive()]:
@@ -73,6 +70,13 @@ def train_on_ranks(
                 process.kill()
         alive[0].join(0.1)
     return [process.exitcode for process in processes]
+
+
+def rendezvous() -> dict[str, str]:
+    """Where ranks meet: a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
 def wait_until(condition: Callable[[], bool], process: BaseProcess, seconds: float = 120) -> bool:

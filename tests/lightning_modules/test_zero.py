@@ -11,16 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conf.load import parse
 from conf.schema import TrainConfig
 from lightning_modules.callbacks import saving
-from lightning_modules.checkpoints import checkpoint_path
+from lightning_modules.checkpoints import checkpoint_path, read_checkpoint
 from lightning_modules.ranks import require_world_size
 from lightning_modules.strategies.zero import build_strategy
 from lightning_modules.train import main
-from tests.lightning_modules.launcher import start, start_train, train, train_on_ranks, wait_until
+from tests.lightning_modules.launcher import (
+    rendezvous,
+    start,
+    start_train,
+    train,
+    train_on_ranks,
+    wait_until,
+)
 from tests.lightning_modules.test_ranks import SETTINGS, assert_close, contents, cut_off, metrics
+from tests.lightning_modules.test_resume import assert_equal
 
 # Gathered for each use and let go after it, however small: by default DeepSpeed keeps small ones whole.
 SHARD_ALL = {
@@ -31,7 +40,6 @@ SHARD_ALL = {
 }
 SEGMENTS = "trainer.segment_length=20"
 CARRIED = ["initial_state.name=carried", "initial_state.reset_probability=0.2"]
-ONE_RANK = {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}
 
 
 def zero(stage: int, folder: Path) -> list[str]:
@@ -73,28 +81,29 @@ def check_same(expected: Path, run_dir: Path, *steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "more"),
+    ("stage", "offload", "segments"),
     [
-        pytest.param(1, [], marks=pytest.mark.slow),
-        (2, ["deepspeed.offload_optimizer=true", SEGMENTS]),
-        (3, ["deepspeed.offload_optimizer=true", "deepspeed.offload_parameters=true", SEGMENTS]),
-        pytest.param(2, [], marks=pytest.mark.slow),
-        pytest.param(3, [], marks=pytest.mark.slow),
+        pytest.param(1, [], [], marks=pytest.mark.slow),
+        (2, ["offload_optimizer"], [SEGMENTS]),
+        (3, ["offload_optimizer", "offload_parameters"], [SEGMENTS]),
+        pytest.param(2, [], [], marks=pytest.mark.slow),
+        pytest.param(3, [], [], marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_train_as_one_process_and_any_process_goes_on(
-    tmp_path: Path, one: Path, stage: int, more: list[str]
+    tmp_path: Path, one: Path, stage: int, offload: list[str], segments: list[str]
 ) -> None:
     """Weights, moments, states, clipped norms; segments or not. Then plain training continues, alone."""
     run_dir, alone = tmp_path / "two", tmp_path / "alone"
-    train_on(2, [*SETTINGS, *CARRIED, *zero(stage, tmp_path), *more], run_dir)
+    argv = [*SETTINGS, *CARRIED, *segments]
+    train_on(2, [*argv, *zero(stage, tmp_path), *(f"deepspeed.{name}=true" for name in offload)], run_dir)
     check_same(one, run_dir, 3, 6)
     assert_close(metrics(one), metrics(run_dir))
     text = run_dir.with_suffix(".txt").read_text()
     assert text.count(f"DeepSpeed ZeRO-{stage}; kept in:") == 1
     assert "mixer.A_log            float32" in text
     cut_off(run_dir, alone)
-    assert train([*SETTINGS, *CARRIED, f"run_dir={alone}"], tmp_path / "alone.txt") == 0
+    assert train([*argv, f"run_dir={alone}"], tmp_path / "alone.txt") == 0
     check_same(one, alone, 6)
 
 
@@ -159,7 +168,7 @@ def broken_main(environment: dict[str, str], argv: list[str], what: str) -> int:
     return status
 
 
-def run_broken(tmp_path: Path, stage: int, what: str, port: int) -> str:
+def run_broken(tmp_path: Path, stage: int, what: str) -> str:
     output = tmp_path / "output.txt"
     argv = [
         *SETTINGS,
@@ -168,9 +177,7 @@ def run_broken(tmp_path: Path, stage: int, what: str, port: int) -> str:
         f"run_dir={tmp_path / 'run'}",
         "trainer.accelerator=cpu",
     ]
-    process = start(
-        partial(broken_main, what=what), {**ONE_RANK, "MASTER_PORT": str(port)}, argv, output=output
-    )
+    process = start(partial(broken_main, what=what), {**rendezvous(), "LOCAL_RANK": "0"}, argv, output=output)
     process.join()
     text = output.read_text()
     assert process.exitcode == (0 if what == "nothing" else 1), text
@@ -185,7 +192,7 @@ def run_broken(tmp_path: Path, stage: int, what: str, port: int) -> str:
     ],
 )
 def test_what_is_not_finite_is_named(tmp_path: Path, stage: int, what: str, blamed: str) -> None:
-    text = run_broken(tmp_path, stage, what, 29611 + stage)
+    text = run_broken(tmp_path, stage, what)
     assert text.count("error: ") == 1
     assert blamed in text
     assert "Traceback" not in text
@@ -195,7 +202,7 @@ def test_what_is_not_finite_is_named(tmp_path: Path, stage: int, what: str, blam
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_gradient_arrives_once_a_backward_pass(tmp_path: Path, stage: int) -> None:
     """Six steps of two micro-batches in three segments each: 12 arrivals, not 36."""
-    assert "counts [12] 19" in run_broken(tmp_path, stage, "nothing", 29621 + stage)
+    assert "counts [12] 19" in run_broken(tmp_path, stage, "nothing")
 
 
 def test_a_killed_rank_ends_the_job_with_one_line(tmp_path: Path) -> None:
@@ -203,8 +210,8 @@ def test_a_killed_rank_ends_the_job_with_one_line(tmp_path: Path) -> None:
     argv = [*SETTINGS, *zero(2, tmp_path), f"run_dir={run_dir}", "trainer.max_steps=400"]
     argv += ["trainer.accelerator=cpu", "trainer.devices=2"]
     outputs = [tmp_path / f"{rank}.txt" for rank in (0, 1)]
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631"}
-    ranks = [start_train(argv, outputs[rank], LOCAL_RANK=str(rank), **rendezvous) for rank in (0, 1)]
+    meeting = rendezvous()
+    ranks = [start_train(argv, outputs[rank], LOCAL_RANK=str(rank), **meeting) for rank in (0, 1)]
     assert wait_until(checkpoint_path(run_dir / "checkpoints", 6).exists, ranks[0]), outputs[0].read_text()
     assert ranks[1].pid is not None
     os.kill(ranks[1].pid, signal.SIGKILL)
@@ -228,6 +235,32 @@ def test_a_full_disk_is_noticed_before_the_first_step(
     assert "the disk lacks 0.3 MiB for a checkpoint" in capsys.readouterr().err
 
 
+def test_a_checkpoint_written_while_training_goes_on_is_the_same(tmp_path: Path, one: Path) -> None:
+    run_dir = tmp_path / "run"
+    argv = [*SETTINGS, *CARRIED, f"run_dir={run_dir}", "trainer.async_checkpoints=true"]
+    assert train(argv, tmp_path / "output.txt") == 0
+    for step in (3, 6):
+        for part in ("state_dict", "optimizer_states", "initial_state"):
+            assert_equal(contents(one, step)[part], contents(run_dir, step)[part], part)
+    assert (run_dir / "checkpoints" / "last.ckpt").resolve() == checkpoint_path(run_dir / "checkpoints", 6)
+
+
+def test_a_background_write_copies_first_and_tells_its_outcome(tmp_path: Path) -> None:
+    checkpoint_io = saving.AtomicCheckpointIO()
+    checkpoint_io.in_background = True
+    weight = torch.zeros(1000)
+    contents = {"state_dict": {"a": weight, "tied": weight}, "config": {}, "step": 1}
+    checkpoint_io.save_checkpoint(contents, tmp_path / "a.ckpt")
+    weight.fill_(1)
+    checkpoint_io.wait()
+    saved = read_checkpoint(tmp_path / "a.ckpt")["state_dict"]
+    assert not saved["a"].any()
+    assert saved["a"].data_ptr() == saved["tied"].data_ptr()
+    checkpoint_io.save_checkpoint(contents, tmp_path / "missing" / "a.ckpt")
+    with pytest.raises(OSError, match="No such file"):
+        checkpoint_io.wait()
+
+
 def test_another_number_of_ranks_than_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -238,5 +271,5 @@ def test_another_number_of_ranks_than_asked_for_is_refused(monkeypatch: pytest.M
 
 def test_deepspeed_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(ValueError, match="trainer.strategy=deepspeed: DeepSpeed cannot be imported"):
+    with pytest.raises(ValueError, match=r"trainer.strategy=deepspeed: DeepSpeed cannot be imported"):
         build_strategy(parse(TrainConfig, ["trainer.strategy=deepspeed"]), on_cpu=True)
