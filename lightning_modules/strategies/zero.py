@@ -46,7 +46,7 @@ class ZeroPrecision(DeepSpeedPrecision):
     def convert_input(self, data: Any) -> Any:
         return data  # loss weights are sums' terms: fp32
 
-    def backward(self, tensor: Tensor, model: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
+    def backward(self, tensor: Tensor, model: Any, *args: Any, **kwargs: Any) -> None:
         # Lightning has divided by the number of micro-batches already.
         engine: Any = model.trainer.strategy.model
         engine.backward(tensor, scale_wrt_gas=False)
@@ -145,8 +145,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def note_gradients(self) -> None:
         """Tell the model the norm of the step just taken; it raises if that is not finite."""
-        engine, module = self.model, self.lightning_module
-        assert engine is not None
+        engine, module = self.engine, self.lightning_module
         assert module is not None
         norm = float("inf") if engine.optimizer.overflow else float(engine.get_global_grad_norm())
         module.note_gradient_norm(norm, self.watch.first_non_finite)  # type: ignore[operator]
