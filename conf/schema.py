@@ -238,6 +238,9 @@ class TrainerConfig:
     log_every: int = option(10, "optimizer steps between logged points")
     val_every: int = option(100, "optimizer steps between validations")
     checkpoint_every: int = option(100, "optimizer steps between checkpoints")
+    async_checkpoints: bool = option(
+        False, "train on while a checkpoint is written, from a copy of weights and optimizer in CPU memory"
+    )
     keep_last: int = option(2, "checkpoints kept")
     keep_stable: bool = option(False, "keep stable.ckpt too, before the decay: longer runs can continue it")
     progress_bar: bool = option(True, "a progress bar with tokens/s when the output is a terminal")
@@ -321,11 +324,7 @@ class TrainConfig:
             self.data.curriculum_steps,
             f"must be below trainer.max_steps={self.trainer.max_steps}",
         )
-        if self.trainer.strategy != "deepspeed":
-            for name, default in vars(DeepSpeedConfig()).items():
-                value, remedy = getattr(self.deepspeed, name), "belongs to trainer.strategy=deepspeed"
-                unset = f"deepspeed.{name}={'null' if default is None else str(default).lower()}"
-                require(value == default, f"deepspeed.{name}", value, f"{remedy}: set that, or {unset}")
+        self._check_deepspeed()
         self._check_initial_state(rows=self.data.batch_size // shares)
         self._check_mitigation()
         if self.trainer.context_parallel > 1:
@@ -356,6 +355,19 @@ class TrainConfig:
             pieces = {length // size} if segment is None else {segment, length // size % segment} - {0}
             remedy = f"leaves a rank {min(pieces)} tokens at a time: model.d_conv needs at least {lags}"
             require(min(pieces) >= lags, f"data.{field}", length, remedy)
+
+    def _check_deepspeed(self) -> None:
+        ours = self.deepspeed
+        if self.trainer.strategy != "deepspeed":
+            for name, default in vars(DeepSpeedConfig()).items():
+                unset = f"deepspeed.{name}={'null' if default is None else str(default).lower()}"
+                remedy = f"belongs to trainer.strategy=deepspeed: set that, or {unset}"
+                require(getattr(ours, name) == default, f"deepspeed.{name}", getattr(ours, name), remedy)
+        elif ours.stage == 3 and self.initial_state.name == "carried":
+            # Segments of one sequence are recomputed, each gathering anew; these are read twice without.
+            segments = self.initial_state.bptt_segments
+            remedy = "stage 3 lets go of parameters that earlier segments still need: use deepspeed.stage=2"
+            require(segments == 1, "initial_state.bptt_segments", segments, remedy)
 
     def _check_mitigation(self) -> None:
         rule = self.mitigation

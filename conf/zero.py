@@ -1,4 +1,4 @@
-"""Settings of `trainer.strategy=deepspeed`: what each rank keeps of the model (lightning_modules/strategies/)."""
+"""Settings of `trainer.strategy=deepspeed` (lightning_modules/strategies/): what each rank keeps."""
 
 import json
 from dataclasses import dataclass
@@ -38,7 +38,9 @@ class DeepSpeedConfig:
     config: str | None = option(None, "JSON file of DeepSpeed's further settings, e.g. bucket sizes")
 
     def __post_init__(self) -> None:
-        require(1 <= self.stage <= 3, "deepspeed.stage", self.stage, "must be 1, 2 or 3; for none: strategy=ddp")
+        require(
+            1 <= self.stage <= 3, "deepspeed.stage", self.stage, "must be 1, 2 or 3; for none: strategy=ddp"
+        )
         remedy = f"needs parameters in shards, deepspeed.stage=3; stage {self.stage} keeps them whole"
         sharded = self.stage == 3 or not self.offload_parameters
         require(sharded, "deepspeed.offload_parameters", self.offload_parameters, remedy)
@@ -55,7 +57,7 @@ class DeepSpeedConfig:
             raise ValueError(f"{name}={self.config}: cannot be read ({error.strerror})") from None
         except ValueError as error:
             raise ValueError(f"{name}={self.config}: not valid JSON: {error}") from None
-        zero = further.get("zero_optimization", {}) if isinstance(further, dict) else None
+        zero: Any = further.get("zero_optimization", {}) if isinstance(further, dict) else None
         require(isinstance(zero, dict), name, self.config, "must be an object, as DeepSpeed's settings are")
         for keys, owned in ((further, OWNED), (zero, OWNED_ZERO)):
             for key in sorted(keys & owned.keys()):

@@ -33,6 +33,7 @@ from lightning_modules.checkpoints import (
 from lightning_modules.cpu import has_native_bf16, keep_freed_memory, map_large_tensors
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.metrics_file import MetricsFile, copy_points
+from lightning_modules.ranks import lost_rank
 from lightning_modules.run_dir import RunDir, config_hash, is_rank_zero, require_same_settings
 from lightning_modules.schedule import stable_steps
 from lightning_modules.slurm import is_rank
@@ -70,6 +71,7 @@ def fit(run: RunDir) -> dict[str, Any]:
         print(f"continuing from {checkpoint_io.path}", flush=True)
     elif config.continue_from is not None:
         checkpoint_io = continue_from(run, Path(config.continue_from))
+    checkpoint_io.in_background = config.trainer.async_checkpoints
     on_cpu = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
     strategy = build_strategy(config, on_cpu)
     module = LanguageModel(config)
@@ -101,6 +103,8 @@ def fit(run: RunDir) -> dict[str, Any]:
             if metrics.started:  # not the user's mistake: show where it comes from
                 raise RuntimeError(f"after step {trainer.global_step}: {error}") from error
             raise
+        except RuntimeError as error:
+            raise lost_rank(error, trainer.global_step) or error from None
         steps = trainer.global_step
         if saving.pruned:
             tracker.set_tags({"pruned": "true"})

@@ -219,12 +219,12 @@ class LanguageModel(pl.LightningModule):
         where = first_non_finite_parameter(self.model)
         if where is None:
             run_inside = getattr(self.trainer.strategy, "run_inside", None)
-            where = self.watch(batches) if run_inside is None else run_inside("watch", batches)
-            where = first_of_ranks(where) or "the loss itself"
+            found = self.watch(batches) if run_inside is None else run_inside("watch", batches)
+            where = first_of_ranks(found[0] if found else None) or "the loss itself"
         return RunError(f"after step {self.global_step}: {what}; first not finite: {where}")
 
-    def watch(self, batches: list[tuple[Batch, ModelState | None]]) -> str | None:
-        """Read micro-batches again and name the first tensor in them that is not finite.
+    def watch(self, batches: list[tuple[Batch, ModelState | None]]) -> list[str]:
+        """Read micro-batches again and name the tensors that are not finite, in order of computation.
 
         All of them, whatever comes: ranks may have to gather parameters together.
         """
@@ -238,4 +238,4 @@ class LanguageModel(pl.LightningModule):
                     document_starts=batch.get("document_starts"),
                     mitigation=self.mitigation,
                 )
-        return found[0] if found else None
+        return found

@@ -40,6 +40,7 @@ FREE_SETTINGS = (
     "trainer.threads",
     "trainer.progress_bar",
     "trainer.checkpoint_every",
+    "trainer.async_checkpoints",
     "trainer.keep_last",
     "trainer.keep_stable",
 )

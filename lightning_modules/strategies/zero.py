@@ -1,14 +1,17 @@
 """ZeRO through DeepSpeed: each rank keeps a share of optimizer states, gradients (2) and parameters (3).
 
-DeepSpeed's own bf16 mode casts every parameter, and the recurrence does not survive that: A_log, dt_bias and D
-set time scales of thousands of tokens. So parameters stay fp32 here under either precision, as they do without
-DeepSpeed, and bf16 enters as autocast within the engine: matrix products read bf16 copies, everything that
-the model keeps in fp32 (states, decays, norms, the residual stream) stays so. Gradients are reduced in fp32.
+DeepSpeed's own bf16 mode casts every parameter, and the recurrence does not survive that: A_log, dt_bias and
+D set time scales of thousands of tokens. So parameters stay fp32 here under either precision, as they do
+without DeepSpeed, and bf16 enters as autocast within the engine: matrix products read bf16 copies, everything
+that the model keeps in fp32 (states, decays, norms, the residual stream) stays so. Gradients are reduced in
+fp32.
 
 Checkpoints are those of every other strategy (zero_states.py): any of them, on any number of ranks, goes on.
 """
 
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -43,7 +46,7 @@ class ZeroPrecision(DeepSpeedPrecision):
     def convert_input(self, data: Any) -> Any:
         return data  # loss weights are sums' terms: fp32
 
-    def backward(self, tensor: Tensor, model: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
+    def backward(self, tensor: Tensor, model: Any, *args: Any, **kwargs: Any) -> None:
         # Lightning has divided by the number of micro-batches already.
         engine: Any = model.trainer.strategy.model
         engine.backward(tensor, scale_wrt_gas=False)
@@ -68,12 +71,16 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def __init__(self, config: TrainConfig, on_cpu: bool) -> None:
         self.on_cpu, self.watch = on_cpu, GradientWatch()
+        self.engine: Any = None
         self.states: ZeroStates | None = None
         super().__init__(
             config=zero_config(config, on_cpu),
             precision_plugin=ZeroPrecision(config.trainer.precision, "cpu" if on_cpu else "cuda"),
             process_group_backend="gloo" if on_cpu else None,
         )
+        # What a user need not know: that it begins, and that it calls a PyTorch function by its old name.
+        logging.getLogger("lightning.pytorch.strategies.deepspeed").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated")
         if on_cpu:
             import deepspeed
 
@@ -111,14 +118,16 @@ class ZeroStrategy(DeepSpeedStrategy):
         return False  # weights are loaded before DeepSpeed shards them
 
     def setup(self, trainer: pl.Trainer) -> None:
-        if trainer.state.fn != TrainerFn.FITTING and self.states is not None:
-            return  # validation after training: the engine is there
+        if trainer.state.fn != TrainerFn.FITTING and self.engine is not None:
+            self.model = self.engine  # validation after training
+            return
         assert self.lightning_module is not None
         if trainer.state.fn == TrainerFn.FITTING:
             self.watch.start(self.lightning_module.model)  # type: ignore[arg-type]
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
-            self.states = ZeroStates(self.model, self.lightning_module, self.zero_stage_3)
+            self.engine = self.model
+            self.states = ZeroStates(self.engine, self.lightning_module, self.zero_stage_3)
             if self.is_global_zero:
                 print(require_fp32(self.lightning_module, self.states), flush=True)
             else:
@@ -136,8 +145,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def note_gradients(self) -> None:
         """Tell the model the norm of the step just taken; it raises if that is not finite."""
-        engine, module = self.model, self.lightning_module
-        assert engine is not None
+        engine, module = self.engine, self.lightning_module
         assert module is not None
         norm = float("inf") if engine.optimizer.overflow else float(engine.get_global_grad_norm())
         module.note_gradient_norm(norm, self.watch.first_non_finite)  # type: ignore[operator]
@@ -226,7 +234,7 @@ def require_fp32(module: nn.Module, states: "ZeroStates") -> str:
     rows = states.dtypes(module)
     wrong = [f"{name} in {dtype}" for name, _, dtype in rows if dtype != torch.float32]
     if wrong:
-        raise RuntimeError(f"DeepSpeed keeps {', '.join(wrong)}: parameters and their AdamW states must be fp32")
+        raise RuntimeError(f"DeepSpeed keeps {', '.join(wrong)}: these must be fp32")
     width = max(len(name) for name, _, _ in rows)
-    lines = [f"  {name:<{width}}  {str(dtype).removeprefix('torch.')}  {count:>15,}" for name, count, dtype in rows]
+    lines = [f"  {name:<{width}}  {str(dtype)[6:]}  {count:>15,}" for name, count, dtype in rows]
     return "\n".join([f"DeepSpeed ZeRO-{states.stage}; kept in:", *lines])

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.optim import full_shape
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -46,7 +48,7 @@ class ZeroStates:
             for index, parameter in zip(indices, parameters, strict=True) if steps else ():
                 full = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
                 if keep:
-                    shape = shape_of(parameter)
+                    shape = full_shape(parameter)
                     moments = {key: value.cpu().reshape(shape).clone() for key, value in full.items()}
                     states[index] = {"step": steps[0].cpu().clone(), **moments}
         return {"state": states, "param_groups": groups}
@@ -72,7 +74,7 @@ class ZeroStates:
         counts: Counter[tuple[str, torch.dtype]] = Counter()
         for name, parameter in module.named_parameters():
             kind = re.sub(r"\.\d+\.", ".*.", name.removeprefix("model."))
-            counts[kind, parameter.dtype] += getattr(parameter, "ds_numel", parameter.numel())
+            counts[kind, parameter.dtype] += full_shape(parameter).numel()
         rows = [(name, count, dtype) for (name, dtype), count in counts.items()]
         return rows + [("this rank's share, as AdamW steps it", t.numel(), t.dtype) for t in self.flat()]
 
@@ -83,7 +85,7 @@ class ZeroStates:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
-    def _set(self, parameter: Tensor, value: Tensor, key: str) -> None:
+    def _set(self, parameter: nn.Parameter, value: Tensor, key: str) -> None:
         from deepspeed.utils import (
             safe_get_local_optimizer_state,
             safe_set_full_optimizer_state,
@@ -104,17 +106,13 @@ def full_weights(module: nn.Module, keep: bool) -> dict[str, Tensor]:
     """The module's state_dict with whole parameters; all ranks call this together."""
     if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
         return module.state_dict()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     weights: dict[str, Tensor] = {}
     done: dict[int, Tensor] = {}  # tied parameters stay tied
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if id(parameter) not in done:
-            with GatheredParameters([parameter]):
+            with deepspeed.zero.GatheredParameters([parameter]):
                 done[id(parameter)] = parameter.detach().cpu().clone() if keep else torch.empty(0)
         weights[name] = done[id(parameter)]
     return weights
-
-
-def shape_of(parameter: Any) -> torch.Size:
-    return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape

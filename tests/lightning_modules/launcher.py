@@ -59,9 +59,9 @@ def train_on_ranks(
     own: further settings of each rank.
     """
     argv = [*argv, f"trainer.devices={ranks}", "trainer.accelerator=cpu"]
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    meeting = rendezvous()
     processes = [
-        start_train([*argv, *(own[rank] if own else [])], output, LOCAL_RANK=str(rank), **rendezvous)
+        start_train([*argv, *(own[rank] if own else [])], output, LOCAL_RANK=str(rank), **meeting)
         for rank in range(ranks)
     ]
     return _join(processes)
@@ -69,17 +69,11 @@ def train_on_ranks(
 
 def call_on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, output: Path) -> None:
     """`function(*arguments)` on `ranks` gloo processes, their group initialised. It raises where it fails."""
-    port = _free_port()
+    meeting = rendezvous()
     processes = [
-        start(_in_group, rank, ranks, port, function, arguments, output=output) for rank in range(ranks)
+        start(_in_group, rank, ranks, meeting, function, arguments, output=output) for rank in range(ranks)
     ]
     assert _join(processes) == [0] * ranks, output.read_text()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _join(processes: list[BaseProcess]) -> list[int | None]:
@@ -90,6 +84,13 @@ def _join(processes: list[BaseProcess]) -> list[int | None]:
                 process.kill()
         alive[0].join(0.1)
     return [process.exitcode for process in processes]
+
+
+def rendezvous() -> dict[str, str]:
+    """Where ranks meet: a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
 def wait_until(condition: Callable[[], bool], process: BaseProcess, seconds: float = 120) -> bool:
@@ -105,14 +106,19 @@ def wait_until(condition: Callable[[], bool], process: BaseProcess, seconds: flo
 
 
 def _in_group(
-    rank: int, ranks: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    ranks: int,
+    meeting: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    os.environ |= meeting
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
     try:
         function(*arguments)
     finally:
