@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from conf.fields import option, require, require_at_least
 from conf.load import from_command_line
 
+# As in group.py, which imports torch.
+OVERLAP_TOKENS = 2000
+
 
 @dataclass(kw_only=True)
 class ContextBenchConfig:
@@ -73,6 +76,7 @@ class Layer:
     parameters: float = 368e6
     flops: float = 300e12
     memory: float = 3e12
+    scan: float = 7.2e-9  # seconds a token of the forward scan, measured on one H200
 
     @property
     def state_bytes(self) -> int:
@@ -92,15 +96,21 @@ class Layer:
         token = 3 * 2 * numbers / self.memory + 2 * numbers * self.d_state / self.flops
         return 3 * token * tokens
 
-    def waiting_seconds(self, size: int, network: Network) -> float:
-        """Two forward passes and one backward, nothing of it hidden."""
-        return 3 * (network.all_gather(size, self.state_bytes) + network.shift(self.halo_bytes))
+    def waiting_seconds(self, size: int, tokens: int, network: Network) -> float:
+        """Two forward passes and one backward: what they wait, or what hiding it costs."""
+        gather, shift = network.all_gather(size, self.state_bytes), network.shift(self.halo_bytes)
+        if tokens >= OVERLAP_TOKENS * (size - 1):
+            return 3 * (gather + shift)
+        numbers = self.heads * self.headdim * tokens
+        forward = 4 * numbers / self.memory + 2 * numbers * self.d_state / self.flops  # corrections of y
+        backward = 4 * numbers / self.memory + 4 * numbers * self.d_state / self.flops
+        return 2 * (forward + max(0.0, gather - self.scan * tokens)) + max(backward, gather) + 3 * shift
 
 
 def efficiency(layer: Layer, size: int, tokens: int, network: Network) -> float:
     """Of `size` ranks with `tokens` each, against one rank alone with as many."""
     work = layer.step_seconds(tokens)
-    return work / (work + layer.sums_seconds(tokens) + layer.waiting_seconds(size, network))
+    return work / (work + layer.sums_seconds(tokens) + layer.waiting_seconds(size, tokens, network))
 
 
 def project() -> None:

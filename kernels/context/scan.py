@@ -1,18 +1,17 @@
 """The SSD scan of a piece: one collective forward and one backward, whatever the length. See README.md."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.context.group import Context
+from kernels.context.sums import reach_of, weighted_sum
 from kernels.ssd import Mitigation, ssd_scan
 from kernels.ssd.discretize import discretize
 from kernels.ssd.heads import spread
 from kernels.ssd.mitigation import NONE
 from kernels.ssd.operators import hard_resets
-
-BLOCK_TOKENS = 16384  # of all rows: bounds the copies that `_weighted_sum` makes
 
 
 def refusal(name: str, heads: object) -> str | None:
@@ -63,76 +62,40 @@ def context_scan(
     if rule.name == "hard_reset":
         assert rule.every is not None
         document_starts, rule = hard_resets(document_starts, position, x, rule.every), NONE
-    first = context.rank == 0
-    with torch.no_grad():
+    first, late = context.rank == 0, context.scans_before_merging(x.shape[1])
+    with torch.set_grad_enabled(late and torch.is_grad_enabled()):
         log_decay, insert = discretize(dt, A.float(), dt_bias, dt_softplus, dt_limit, rule)
-        reach = _reach(log_decay, document_starts)
-        added = _weighted_sum(reach.outward * insert, x, B)
+    with torch.no_grad():
+        reach = reach_of(log_decay, document_starts)
+        added = weighted_sum(reach.outward * insert, x, B)
         if first and initial_state is not None:
             added += reach.kept[..., None, None] * initial_state
-        kept, added = _all_gather(context, reach.kept, added)
-        entering = final = added[0]
-        for rank in range(1, context.size):
-            entering = final if rank == context.rank else entering
-            final = torch.addcmul(added[rank], kept[rank][..., None, None], final)
+        everyone = context.start_all_gather(torch.cat([reach.kept[..., None], added.flatten(2)], 2))
+        if not late:
+            entering, final, kept = merge(context, everyone(), added.shape[2:])
     y, leaving = ssd_scan(
         x, dt, A, B, C,
-        initial_state=initial_state if first else entering,
+        initial_state=initial_state if first else None if late else entering,
         document_starts=document_starts,
         dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, mitigation=rule, **options,
     )  # fmt: skip
-    return _Chain.apply(y, leaving, final, C, reach.inward, kept, context)
+    if late:
+        entering, final, kept = merge(context, everyone(), added.shape[2:])
+    correction = (entering, log_decay) if late and not first else (None, None)
+    return _Chain.apply(y, leaving, final, C, reach.inward, kept, context, *correction)
 
 
-class _Reach(NamedTuple):
-    """What a piece keeps, from its log decays and the documents that start in it. All fp32."""
+def merge(context: Context, everyone: Tensor, sizes: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+    """What enters this rank's piece and what leaves the last, (B, H, P, N); what each keeps, (K, B, H).
 
-    inward: Tensor  # (B, T, H), of the state that enters, after each token
-    outward: Tensor  # (B, T, H), of each token, in the state that leaves
-    kept: Tensor  # (B, H), of the state that enters, in the state that leaves
-
-
-def _reach(log_decay: Tensor, starts: Tensor | None) -> _Reach:
-    # float64, one number a token and head: differences of long sums must keep a retention near 1
-    sums = log_decay.double().cumsum(1)
-    inward, outward = sums.exp().float(), (sums[:, -1:] - sums).exp().float()
-    if starts is not None:
-        documents = starts.cumsum(1)[..., None]
-        inward = inward * (documents == 0)
-        outward = outward * (documents == documents[:, -1:])
-    return _Reach(inward, outward, inward[:, -1])
-
-
-def _weighted_sum(weight: Tensor, u: Tensor, V: Tensor) -> Tensor:
-    """sum_t weight_t u_t V_t^T, (B, H, P, N) fp32, of weight (B, T, H), u (B, T, H, P) and V (B, T, G, N)."""
-    batch, length, heads, headdim = u.shape
-    groups, d_state = V.shape[2:]
-    total = u.new_zeros(batch, groups, heads // groups * headdim, d_state, dtype=torch.float32)
-    step = max(1, BLOCK_TOKENS // batch)
-    with torch.autocast(u.device.type, enabled=False):
-        for start in range(0, length, step):
-            span = slice(start, start + step)
-            left = (u[:, span] * weight[:, span, :, None]).unflatten(2, (groups, -1)).flatten(3)  # b t g kp
-            total += _product(left.permute(0, 2, 3, 1), V[:, span].transpose(1, 2))
-    return total.view(batch, heads, headdim, d_state)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left (B, G, M, T) fp32 times right (B, G, T, N), in fp32.
-
-    On a GPU tensor cores read 16-bit operands and sum in fp32: left is rounded, as operands of the scan are.
+    everyone: of every piece what it keeps and what it adds, (K, B, H, 1 + P N).
     """
-    if not right.is_cuda or right.dtype not in (torch.bfloat16, torch.float16):
-        return left @ right.float()
-    sums = torch.bmm(left.to(right.dtype).flatten(0, 1), right.flatten(0, 1), out_dtype=torch.float32)
-    return sums.unflatten(0, right.shape[:2])
-
-
-def _all_gather(context: Context, kept: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """kept (B, H) and added (B, H, P, N) of every rank, in one collective."""
-    own = torch.cat([kept[..., None], added.flatten(2)], 2)
-    everyone = context.all_gather(own)
-    return everyone[..., 0], everyone[..., 1:].unflatten(3, added.shape[2:])
+    kept, added = everyone[..., 0], everyone[..., 1:].unflatten(3, sizes)
+    entering = final = added[0]
+    for rank in range(1, context.size):
+        entering = final if rank == context.rank else entering
+        final = torch.addcmul(added[rank], kept[rank][..., None, None], final)
+    return entering, final, kept
 
 
 class _Chain(torch.autograd.Function):
@@ -141,6 +104,8 @@ class _Chain(torch.autograd.Function):
 
     The scan of the piece is differentiated by itself, with that gradient. What a piece says of the state that
     enters it is a sum over dy, C and the decays alone, as what it adds is one over x, B and the decays.
+
+    With `entering` the scan began at zero: y gets what it reads of that state, C and decays its gradients.
     """
 
     @staticmethod
@@ -153,19 +118,49 @@ class _Chain(torch.autograd.Function):
         inward: Tensor,
         kept: Tensor,
         context: Context,
+        entering: Tensor | None,
+        log_decay: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(C, inward, kept)
+        ctx.save_for_backward(C, inward, kept, entering)
         ctx.context = context
-        return y.view_as(y), final.clone()
+        if entering is None:
+            return y.view_as(y), final.clone()
+        return (y + inward[..., None] * _read(C, entering)).to(y.dtype), final.clone()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        C, inward, kept = ctx.saved_tensors
+        C, inward, kept, entering = ctx.saved_tensors
         context: Context = ctx.context
         # Nobody needs what the first piece says of its own beginning: its place holds the end's gradient.
-        own = dfinal.float() if context.rank == 0 else _weighted_sum(inward, dy, C)
-        everyone = context.all_gather(own)
-        gradient = everyone[0]
+        own = dfinal.float() if context.rank == 0 else weighted_sum(inward, dy, C)
+        everyone = context.start_all_gather(own)
+        dC = dsums = dlog_decay = None
+        if entering is not None:  # while the others' sums are on their way
+            dC = _read_backward(dy * inward[..., None], entering, C)
+            dsums = (inward * (dy * _read(C, entering)).sum(3)).double()
+        pieces = everyone()
+        gradient = pieces[0]
         for rank in range(context.size - 1, context.rank, -1):
-            gradient = torch.addcmul(everyone[rank], kept[rank][..., None, None], gradient)
-        return dy, gradient, None, None, None, None, None
+            gradient = torch.addcmul(pieces[rank], kept[rank][..., None, None], gradient)
+        if entering is not None and dsums is not None:
+            dsums[:, -1] += kept[context.rank] * (gradient * entering).sum((2, 3))
+            dlog_decay = dsums.flip(1).cumsum(1).flip(1).float()
+        return dy, gradient, None, dC, None, None, None, None, dlog_decay
+
+
+def _read(C: Tensor, state: Tensor) -> Tensor:
+    """What every token reads of one state: C (B, T, G, N), state (B, H, P, N) -> (B, T, H, P) fp32."""
+    groups = C.shape[2]
+    with torch.autocast(C.device.type, enabled=False):
+        states = state.unflatten(1, (groups, -1)).flatten(2, 3).to(C.dtype)  # b g kp n
+        read = C.transpose(1, 2) @ states.transpose(2, 3)
+    return read.transpose(1, 2).reshape(*C.shape[:2], *state.shape[1:3]).float()
+
+
+def _read_backward(dread: Tensor, state: Tensor, C: Tensor) -> Tensor:
+    """The gradient of C in `_read`."""
+    groups = C.shape[2]
+    with torch.autocast(C.device.type, enabled=False):
+        states = state.unflatten(1, (groups, -1)).flatten(2, 3).to(C.dtype)
+        dread = dread.unflatten(2, (groups, -1)).flatten(3).transpose(1, 2).to(C.dtype)  # b g t kp
+        return (dread @ states).transpose(1, 2)

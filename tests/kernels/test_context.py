@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.context import Context
+from kernels.context import Context, bench
+from kernels.context.group import OVERLAP_TOKENS
 from kernels.conv import causal_conv1d
 from kernels.ssd import Mitigation, ssd_scan
 from tests.conftest import assert_close
@@ -152,8 +154,8 @@ def check_conv(context: Context, length: int, documents: str, segments: int) -> 
 KINDS = ("none", "anywhere", "borders", "beside borders")
 
 
-def check_all(size: int) -> None:
-    context = Context(dist.group.WORLD)
+def check_all(size: int, overlap: bool) -> None:
+    context = Context(dist.group.WORLD, overlap)
     for documents, segments in itertools.product(KINDS, (1, 3)):
         check_conv(context, 12 * size * segments, documents, segments)
         for rule in MITIGATIONS:
@@ -197,6 +199,14 @@ def check_refusals(context: Context) -> None:
         context.causal_conv1d(torch.randn(1, 2, 6), torch.randn(6, WIDTH), None)
 
 
+def test_overlap_where_it_pays() -> None:
+    assert bench.OVERLAP_TOKENS == OVERLAP_TOKENS
+    group: Any = SimpleNamespace(size=lambda: 5)
+    assert Context(group).scans_before_merging(4 * OVERLAP_TOKENS - 1)
+    assert not Context(group).scans_before_merging(4 * OVERLAP_TOKENS)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
-def test_pieces_equal_the_whole(tmp_path: Path, size: int) -> None:
-    call_on_ranks(size, check_all, size, output=tmp_path / "output.txt")
+def test_pieces_equal_the_whole(tmp_path: Path, size: int, overlap: bool) -> None:
+    call_on_ranks(size, check_all, size, overlap, output=tmp_path / "output.txt")

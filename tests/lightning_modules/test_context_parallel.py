@@ -31,8 +31,14 @@ def random_state(rule: Mitigation) -> ModelState:
     return zero.with_tensors([*(torch.randn_like(t) for t in layers), position + 3])
 
 
-def check_model(given: str, rule: Mitigation, length: int | None, truncate_after: int | None = None) -> None:
-    context = Context(dist.group.WORLD)
+def check_model(
+    given: str,
+    rule: Mitigation,
+    length: int | None,
+    truncate_after: int | None = None,
+    overlap: bool | None = None,
+) -> None:
+    context = Context(dist.group.WORLD, overlap)
     model, size = Mamba2LM(CONFIG), context.size
     ids = torch.randint(CONFIG.vocab_size, (BATCH, LENGTH + 1))
     state = random_state(rule) if given == "state" else None
@@ -104,7 +110,7 @@ def check_models() -> None:
     check_model("state", NONE, None)
     check_model("documents", NONE, None)
     check_model("zero", NONE, 9)  # the last segment is shorter
-    check_model("documents", Mitigation("hard_reset", every=11), 4)
+    check_model("documents", Mitigation("hard_reset", every=11), 4, overlap=False)
     check_model("state", NONE, 4, truncate_after=2)
 
 
