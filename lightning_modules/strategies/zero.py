@@ -216,8 +216,7 @@ def zero_config(config: TrainConfig, on_cpu: bool) -> dict[str, Any]:
     return {
         **further,
         "zero_optimization": zero,
-        "train_micro_batch_size_per_gpu": data.batch_size
-        // (trainer.data_ranks * trainer.accumulate),
+        "train_micro_batch_size_per_gpu": data.batch_size // (trainer.data_ranks * trainer.accumulate),
         "gradient_clipping": config.optim.grad_clip,
         "torch_autocast": {
             "enabled": trainer.precision == "bf16-mixed",

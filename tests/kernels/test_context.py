@@ -1,6 +1,8 @@
 """The operators on a sharded sequence against the same operators on the whole of it, on 2 and 4 processes."""
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from kernels.ssd import Mitigation, ssd_scan
 from tests.conftest import assert_close
 from tests.lightning_modules.launcher import call_on_ranks
 
+ROOT = Path(__file__).parents[2]
 BATCH, HEADS, HEADDIM, GROUPS, D_STATE, WIDTH = 2, 4, 3, 2, 5, 4
 Leaves = dict[str, Tensor]
 MITIGATIONS = {
@@ -210,3 +213,21 @@ def test_overlap_where_it_pays() -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_pieces_equal_the_whole(tmp_path: Path, size: int, overlap: bool) -> None:
     call_on_ranks(size, check_all, size, overlap, output=tmp_path / "output.txt")
+
+
+def test_projection_says_what_the_model_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["project=true"]) == 0
+    assert "1024        8   128" in capsys.readouterr().out
+    layer = bench.Layer()
+    short, long = (bench.efficiency(layer, 8, tokens, bench.NODE) for tokens in (4096, 131_072))
+    assert 0 < short < long < 1
+    waits = [layer.waiting_seconds(8, tokens, bench.NODE) for tokens in (65_536, 131_072)]
+    assert waits[0] == waits[1]  # whatever the length
+
+
+def test_bench_measures() -> None:
+    command = [sys.executable, "-m", "kernels.context.bench", "length=256", "repeats=1"]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    state = 8 * 32 * 64
+    expected = 4 * (2 * state + 8 + 2 * 3 * (8 * 32 + 2 * 64))
+    assert f"bytes that a rank sends: {expected:,}" in printed
