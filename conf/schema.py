@@ -363,11 +363,14 @@ class TrainConfig:
                 unset = f"deepspeed.{name}={'null' if default is None else str(default).lower()}"
                 remedy = f"belongs to trainer.strategy=deepspeed: set that, or {unset}"
                 require(getattr(ours, name) == default, f"deepspeed.{name}", getattr(ours, name), remedy)
-        elif ours.stage == 3 and self.initial_state.name == "carried":
+        elif ours.stage == 3:
             # Segments of one sequence are recomputed, each gathering anew; these are read twice without.
             segments = self.initial_state.bptt_segments
             remedy = "stage 3 lets go of parameters that earlier segments still need: use deepspeed.stage=2"
             require(segments == 1, "initial_state.bptt_segments", segments, remedy)
+            factor, remedy = self.probe.factor, "the probe reads whole parameters: use deepspeed.stage=2, or "
+            remedy += "0 and python -m lightning_modules.diagnose on a checkpoint"
+            require(factor == 0, "probe.factor", factor, remedy)
 
     def _check_mitigation(self) -> None:
         rule = self.mitigation

@@ -139,15 +139,27 @@ def test_bf16_keeps_what_the_recurrence_needs_in_fp32(tmp_path: Path) -> None:
 
 
 def broken_main(environment: dict[str, str], argv: list[str], what: str) -> int:
-    """Train a model with something wrong in layer 1; count what reaches each gradient."""
+    """Train a model with something wrong in layer 1; count what reaches each gradient, and the layers that
+    stage 3 holds whole at once."""
     from lightning_modules.finite import GradientWatch
     from lightning_modules.language_model import LanguageModel
 
     os.environ |= environment
-    configure, counts = LanguageModel.configure_model, Counter[str]()
+    configure, counts, whole = LanguageModel.configure_model, Counter[str](), Counter[int]()
 
     def configure_model(self: LanguageModel) -> None:
+        first = "model" not in self._modules
         configure(self)
+        layers: Any = self.model.backbone.layers
+
+        def look(*arguments: Any) -> None:
+            statuses = [
+                {p.ds_status.name for p in layer.parameters() if hasattr(p, "ds_id")} for layer in layers
+            ]
+            whole[sum("AVAILABLE" in status for status in statuses)] += 1
+
+        for layer in layers if first else ():
+            layer.mixer.norm.register_forward_hook(look)
         weight: Any = self.model.get_parameter("backbone.layers.1.mixer.in_proj.weight")
         if what == "gradient" and not weight._backward_hooks:
             weight.register_hook(lambda gradient: gradient * float("inf"))
@@ -163,7 +175,7 @@ def broken_main(environment: dict[str, str], argv: list[str], what: str) -> int:
     LanguageModel.configure_model = configure_model  # type: ignore[method-assign]
     GradientWatch._add = count  # type: ignore[method-assign]
     status = main(argv)
-    print("counts", sorted(set(counts.values())), len(counts))
+    print("counts", sorted(set(counts.values())), len(counts), "whole at once", dict(whole))
     sys.stdout.flush()
     return status
 
@@ -201,13 +213,16 @@ def test_what_is_not_finite_is_named(tmp_path: Path, stage: int, what: str, blam
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_gradient_arrives_once_a_backward_pass(tmp_path: Path, stage: int) -> None:
-    """Six steps of two micro-batches in three segments each: 12 arrivals, not 36."""
-    assert "counts [12] 20" in run_broken(tmp_path, stage, "nothing")
+    """Six steps of two micro-batches in three segments each: 12 arrivals, not 36. Stage 3 gathers a layer at
+    a time, for each segment of 12 micro-batches and 4 of validation, and for the 12 as they are recomputed.
+    """
+    layers = {1 if stage == 3 else 0: 2 * 3 * (12 + 4 + 12)}
+    assert f"counts [12] 20 whole at once {layers}" in run_broken(tmp_path, stage, "nothing")
 
 
-def test_a_killed_rank_ends_the_job_with_one_line(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_job_with_one_line_and_it_goes_on(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    argv = [*SETTINGS, *zero(2, tmp_path), f"run_dir={run_dir}", "trainer.max_steps=400"]
+    argv = [*SETTINGS, *zero(2, tmp_path), f"run_dir={run_dir}", "trainer.max_steps=90"]
     argv += ["trainer.accelerator=cpu", "trainer.devices=2"]
     outputs = [tmp_path / f"{rank}.txt" for rank in (0, 1)]
     meeting = rendezvous()
@@ -222,6 +237,9 @@ def test_a_killed_rank_ends_the_job_with_one_line(tmp_path: Path) -> None:
     assert text.count("error: ") == 1
     assert "another rank has ended" in text
     assert "Traceback" not in text
+    assert train([*argv, "trainer.devices=1"], outputs[1]) == 0, outputs[1].read_text()
+    assert "continuing from" in outputs[1].read_text()
+    assert checkpoint_path(run_dir / "checkpoints", 90).exists()
 
 
 def test_a_full_disk_is_noticed_before_the_first_step(
