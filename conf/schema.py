@@ -14,6 +14,12 @@ from conf.fields import option, require, require_at_least, section
 from conf.initial_state import InitialStateConfig
 from conf.mitigation import MitigationConfig
 from conf.passkey import NEEDLE, OPENING, QUESTION
+from conf.zero import DeepSpeedConfig
+
+REFUSED_IN_CONTEXT = {  # mitigations under which a sequence cannot be sharded over ranks
+    "state_norm": "clipping is not linear in the state: no piece could begin before those before it",
+    "sliding_window": "what enters a piece would be a window of tokens, as long as the window",
+}
 
 
 def is_power_of_two(n: int) -> bool:
@@ -211,7 +217,9 @@ class TrainerConfig:
     max_steps: int = option(1000, "optimizer steps")
     accumulate: int = option(1, "micro-batches per optimizer step; divides data.batch_size")
     segment_length: int | None = option(
-        None, "tokens read at a time, recomputed backwards: memory of a segment, exact gradients; none: all"
+        None,
+        "tokens that a rank reads at a time, recomputed backwards: memory of a segment, exact gradients; "
+        "none: all",
     )
     truncate_after: int | None = option(
         None, "segments after which gradients of the state are cut (truncated backpropagation); none: never"
@@ -219,24 +227,45 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "device type")
     devices: int = option(1, "devices per node")
     num_nodes: int = option(1, "nodes")
-    strategy: Literal["auto", "ddp"] = option("auto", "auto: ddp as soon as there are several devices")
+    context_parallel: int = option(
+        1, "ranks that share each sequence, a piece each; divides devices * num_nodes and the lengths"
+    )
+    strategy: Literal["auto", "ddp", "deepspeed"] = option(
+        "auto", "auto: ddp as soon as there are several devices; deepspeed: ZeRO, see section deepspeed"
+    )
     precision: Literal["32-true", "bf16-mixed"] = option("32-true", "bf16-mixed: states, decays in fp32")
     threads: int | None = option(None, "CPU threads of this process; none: all cores")
     log_every: int = option(10, "optimizer steps between logged points")
     val_every: int = option(100, "optimizer steps between validations")
     checkpoint_every: int = option(100, "optimizer steps between checkpoints")
+    async_checkpoints: bool = option(
+        False, "train on while a checkpoint is written, from a copy of weights and optimizer in CPU memory"
+    )
     keep_last: int = option(2, "checkpoints kept")
     keep_stable: bool = option(False, "keep stable.ckpt too, before the decay: longer runs can continue it")
     progress_bar: bool = option(True, "a progress bar with tokens/s when the output is a terminal")
 
     def __post_init__(self) -> None:
-        names = ["max_steps", "accumulate", "devices", "num_nodes", "log_every", "val_every", "keep_last"]
-        require_at_least("trainer", self, 1, *names, "checkpoint_every")
+        names = ["max_steps", "accumulate", "devices", "num_nodes", "context_parallel", "log_every"]
+        require_at_least("trainer", self, 1, *names, "val_every", "keep_last", "checkpoint_every")
+        remedy = f"must divide the ranks, devices * num_nodes = {self.ranks}"
+        require(
+            self.ranks % self.context_parallel == 0, "trainer.context_parallel", self.context_parallel, remedy
+        )
         optional = ("threads", "segment_length", "truncate_after")
         require_at_least("trainer", self, 1, *(name for name in optional if getattr(self, name) is not None))
         needs_segments = self.truncate_after is None or self.segment_length is not None
         remedy = "counts segments: give trainer.segment_length as well"
         require(needs_segments, "trainer.truncate_after", self.truncate_after, remedy)
+
+    @property
+    def ranks(self) -> int:
+        return self.devices * self.num_nodes
+
+    @property
+    def data_ranks(self) -> int:
+        """Groups of ranks that read different sequences."""
+        return self.ranks // self.context_parallel
 
 
 @dataclass(kw_only=True)
@@ -268,6 +297,7 @@ class TrainConfig:
     data: DataConfig = section(DataConfig)
     optim: OptimConfig = section(OptimConfig)
     trainer: TrainerConfig = section(TrainerConfig)
+    deepspeed: DeepSpeedConfig = section(DeepSpeedConfig)
     mitigation: MitigationConfig = section(MitigationConfig)
     initial_state: InitialStateConfig = section(InitialStateConfig)
     probe: ProbeConfig = section(ProbeConfig)
@@ -275,13 +305,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_at_least("config", self, 0, "seed")
-        ranks = self.trainer.devices * self.trainer.num_nodes
-        shares = ranks * self.trainer.accumulate
+        shares = self.trainer.data_ranks * self.trainer.accumulate
         require(
             self.data.batch_size % shares == 0,
             "data.batch_size",
             self.data.batch_size,
-            f"must be a multiple of devices * num_nodes * accumulate = {shares}",
+            f"must be a multiple of {self._batch_factors()} = {shares}",
         )
         require(
             self.data.tokenizer != "bytes" or self.model.vocab_size >= 256,
@@ -295,8 +324,53 @@ class TrainConfig:
             self.data.curriculum_steps,
             f"must be below trainer.max_steps={self.trainer.max_steps}",
         )
+        self._check_deepspeed()
         self._check_initial_state(rows=self.data.batch_size // shares)
         self._check_mitigation()
+        if self.trainer.context_parallel > 1:
+            self._check_context_parallel()
+
+    def _batch_factors(self) -> str:
+        shared = " / context_parallel" if self.trainer.context_parallel > 1 else ""
+        return f"devices * num_nodes{shared} * accumulate"
+
+    def _check_context_parallel(self) -> None:
+        size, lags, segment = (
+            self.trainer.context_parallel,
+            self.model.d_conv - 1,
+            self.trainer.segment_length,
+        )
+        name, rule = "trainer.context_parallel", self.mitigation
+        reason = REFUSED_IN_CONTEXT.get(rule.name)
+        require(reason is None, name, size, f"not under mitigation.name={rule.name}: {reason}")
+        some = rule.name == "hard_reset" and bool(rule.heads)
+        require(not some, name, size, "not under hard_reset of some heads: each would have its own resets")
+        remedy = "not with initial_state.bptt_segments above 1: use longer rows and trainer.segment_length"
+        require(self.initial_state.bptt_segments == 1, name, size, remedy)
+        for field in ("train_length", "curriculum_length"):
+            length = getattr(self.data, field)
+            if length is None:
+                continue
+            require(length % size == 0, f"data.{field}", length, f"must be a multiple of {name}={size}")
+            pieces = {length // size} if segment is None else {segment, length // size % segment} - {0}
+            remedy = f"leaves a rank {min(pieces)} tokens at a time: model.d_conv needs at least {lags}"
+            require(min(pieces) >= lags, f"data.{field}", length, remedy)
+
+    def _check_deepspeed(self) -> None:
+        ours = self.deepspeed
+        if self.trainer.strategy != "deepspeed":
+            for name, default in vars(DeepSpeedConfig()).items():
+                unset = f"deepspeed.{name}={'null' if default is None else str(default).lower()}"
+                remedy = f"belongs to trainer.strategy=deepspeed: set that, or {unset}"
+                require(getattr(ours, name) == default, f"deepspeed.{name}", getattr(ours, name), remedy)
+        elif ours.stage == 3:
+            # Segments of one sequence are recomputed, each gathering anew; these are read twice without.
+            segments = self.initial_state.bptt_segments
+            remedy = "stage 3 lets go of parameters that earlier segments still need: use deepspeed.stage=2"
+            require(segments == 1, "initial_state.bptt_segments", segments, remedy)
+            factor, remedy = self.probe.factor, "the probe reads whole parameters: use deepspeed.stage=2, or "
+            remedy += "0 and python -m lightning_modules.diagnose on a checkpoint"
+            require(factor == 0, "probe.factor", factor, remedy)
 
     def _check_mitigation(self) -> None:
         rule = self.mitigation

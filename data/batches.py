@@ -1,7 +1,8 @@
 """Which samples each micro-batch holds, and loaders that hand them out from any step on."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -17,9 +18,40 @@ class Source(Protocol):
     def sample(self, length: int, indices: Sequence[int], seed: Sequence[int]) -> Batch: ...
 
 
+@dataclass(frozen=True)
+class Piece:
+    """The tokens of every row that one rank of a context group reads.
+
+    segment: tokens that a rank reads at a time. Each `segment * size` tokens of a row are then shared out
+    among the ranks, in order; None: the whole row at once.
+    """
+
+    rank: int = 0
+    size: int = 1
+    segment: int | None = None
+
+    def of(self, batch: Batch) -> Batch:
+        """This rank's part of tensors (B, T). Targets and weights were made of the whole rows."""
+        if self.size == 1:
+            return batch
+        return {
+            name: torch.cat([t[:, span] for span in self.spans(t.shape[1])], 1) for name, t in batch.items()
+        }
+
+    def spans(self, length: int) -> list[slice]:
+        shared = self.size * (self.segment or length)
+        spans = []
+        for start in range(0, length, shared):
+            part = min(shared, length - start) // self.size
+            spans.append(slice(start + self.rank * part, start + (self.rank + 1) * part))
+        return spans
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainBatches(Dataset[Batch]):
     """The micro-batches of one rank: item k is micro-batch k % accumulate of optimizer step k // accumulate.
+
+    rank, world_size: among the data ranks, which read different rows. piece: of these rows.
 
     Step s consumes samples [s * batch_size, (s + 1) * batch_size) of `length` tokens. During the first
     `curriculum_steps` it consumes as many tokens in shorter samples. Ranks and micro-batches take contiguous
@@ -36,6 +68,7 @@ class TrainBatches(Dataset[Batch]):
     curriculum_steps: int
     rank: int
     world_size: int
+    piece: Piece = Piece()
 
     def __len__(self) -> int:
         return self.max_steps * self.accumulate
@@ -53,7 +86,7 @@ class TrainBatches(Dataset[Batch]):
             batch["document_starts"][:, 0] = (
                 True  # rows of another length came before: nothing continues them
             )
-        return batch
+        return self.piece.of(batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +103,7 @@ class ValidationBatches(Dataset[Batch]):
     micro_batch: int
     rank: int
     world_size: int
+    piece: Piece = Piece()
 
     def __len__(self) -> int:
         return -(-self.sequences // (self.micro_batch * self.world_size))
@@ -83,7 +117,7 @@ class ValidationBatches(Dataset[Batch]):
         if surplus:
             batch["loss_weight"][-surplus:] = 0
             batch["answer"][-surplus:] = False
-        return batch
+        return self.piece.of(batch)
 
 
 class BatchLoader:
@@ -118,6 +152,23 @@ class BatchLoader:
         )
 
 
+def weigh_steps(batches: Iterable[Batch], accumulate: int) -> Iterator[Batch]:
+    """Micro-batches with `step_weight`: the loss weight of all those of their optimizer step on this rank.
+
+    A step's micro-batches are fetched together, so that the first already knows what the last weighs.
+    """
+    for step in batched(batches, accumulate):
+        weight = torch.stack([batch["loss_weight"].sum() for batch in step]).sum()
+        for batch in step:
+            yield {**batch, "step_weight": weight}
+
+
+def batched(batches: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
+    iterator = iter(batches)
+    while some := list(islice(iterator, count)):
+        yield some
+
+
 class TrainLoader(BatchLoader):
     """A loader that continues where the optimizer stands, not where an iterator stood.
 
@@ -134,7 +185,10 @@ class TrainLoader(BatchLoader):
     ) -> None:
         super().__init__(batches, first=lambda: steps_done() * batches.accumulate, **options)
         self.steps_done, self.content = steps_done, content
-        self.batch_size = batches.batch_size
+        self.batch_size, self.accumulate = batches.batch_size, batches.accumulate
+
+    def __iter__(self) -> Iterator[Batch]:
+        return weigh_steps(super().__iter__(), self.accumulate)
 
     def state_dict(self) -> dict[str, Any]:
         """samples: the first global sample that no finished step has consumed."""

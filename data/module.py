@@ -7,7 +7,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from conf.schema import TrainConfig, require
-from data.batches import BatchLoader, Source, TrainBatches, TrainLoader, ValidationBatches
+from data.batches import BatchLoader, Piece, Source, TrainBatches, TrainLoader, ValidationBatches
 from data.documents import ConsecutiveDocuments, PackedDocuments
 from data.passkey import PasskeyTask
 from data.sources import Corpus, locate
@@ -84,8 +84,7 @@ class TokenDataModule(pl.LightningDataModule):
             accumulate=self.config.trainer.accumulate,
             curriculum_length=data.curriculum_length,
             curriculum_steps=data.curriculum_steps,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            **self._share(trainer.global_rank),
         )
         _align_batch_progress(trainer, batches)
         return TrainLoader(
@@ -104,11 +103,17 @@ class TokenDataModule(pl.LightningDataModule):
             source=self._validation,
             length=data.train_length,
             sequences=data.val_sequences,
-            micro_batch=data.batch_size // (trainer.world_size * self.config.trainer.accumulate),
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            micro_batch=data.batch_size // (self.config.trainer.data_ranks * self.config.trainer.accumulate),
+            **self._share(trainer.global_rank),
         )
         return BatchLoader(batches, pin_memory=_uses_cuda(trainer))  # no workers: starting them costs more
+
+    def _share(self, global_rank: int) -> dict[str, Any]:
+        """What of a step's rows a rank reads. Ranks of a context group follow each other."""
+        settings = self.config.trainer
+        rank, place = divmod(global_rank, settings.context_parallel)
+        piece = Piece(place, settings.context_parallel, settings.segment_length)
+        return {"rank": rank, "world_size": settings.data_ranks, "piece": piece}
 
 
 def _uses_cuda(trainer: pl.Trainer) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
+from kernels.context import Context
 from kernels.conv import causal_conv1d
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.norm import gated_rms_norm, rms_norm
@@ -73,14 +74,20 @@ class Mamba2(nn.Module):
         document_starts: Tensor | None,
         position: Tensor,
         mitigation: Mitigation,
+        context: Context | None = None,
     ) -> tuple[Tensor, LayerState]:
         """u (B, T, d_model) -> (B, T, d_model) and the state after the last token.
 
         position: (B,), tokens since the row's document began, before these.
+        context: the ranks that hold the other pieces of the rows, if u is a piece.
         """
         c = self.config
+        convolve: Callable[..., tuple[Tensor, Tensor]] = causal_conv1d
+        scan = self.scan or ssd_scan
+        if context is not None:
+            convolve, scan = context.causal_conv1d, context.ssd_scan
         z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.n_heads], dim=-1)
-        xBC, conv_state = causal_conv1d(
+        xBC, conv_state = convolve(
             xBC,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
@@ -88,7 +95,7 @@ class Mamba2(nn.Module):
             document_starts=document_starts,
         )
         x, B, C = xBC.split([c.d_inner, c.n_groups * c.d_state, c.n_groups * c.d_state], dim=-1)
-        y, ssm_state = (self.scan or ssd_scan)(
+        y, ssm_state = scan(
             x.unflatten(-1, (c.n_heads, c.headdim)),
             dt,
             -self.A_log.float().exp(),
@@ -130,8 +137,9 @@ class Block(nn.Module):
         document_starts: Tensor | None,
         position: Tensor,
         mitigation: Mitigation,
+        context: Context | None = None,
     ) -> tuple[Tensor, LayerState]:
-        out, state = self.mixer(self.norm(hidden), state, document_starts, position, mitigation)
+        out, state = self.mixer(self.norm(hidden), state, document_starts, position, mitigation, context)
         return hidden + out, state
 
 
@@ -151,15 +159,19 @@ class Mamba2Backbone(nn.Module):
         state: ModelState,
         document_starts: Tensor | None,
         mitigations: tuple[Mitigation, ...],
+        context: Context | None = None,
     ) -> tuple[Tensor, ModelState]:
         """ids (B, T) int64 -> hidden (B, T, d_model) and the state after the last token."""
-        hidden = self.embedding(ids)
+        hidden, length = self.embedding(ids), ids.shape[1]
+        if context is None:
+            before, after = state.position, _advance(state.position, document_starts, length)
+        else:
+            before, after = context.positions(state.position, document_starts, length)
         layer_states = []
         for layer, layer_state, mitigation in zip(self.layers, state.layers, mitigations, strict=True):
-            hidden, layer_state = layer(hidden, layer_state, document_starts, state.position, mitigation)
+            hidden, layer_state = layer(hidden, layer_state, document_starts, before, mitigation, context)
             layer_states.append(layer_state)
-        position = _advance(state.position, document_starts, ids.shape[1])
-        return self.norm_f(hidden), ModelState(tuple(layer_states), position, state.mitigation)
+        return self.norm_f(hidden), ModelState(tuple(layer_states), after, state.mitigation)
 
 
 def _advance(position: Tensor, document_starts: Tensor | None, length: int) -> Tensor:
@@ -202,17 +214,20 @@ class Mamba2LM(nn.Module):
         *,
         document_starts: Tensor | None = None,
         mitigation: AnyMitigation | None = None,
+        context: Context | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Final hidden states (B, T, d_model) of ids (B, T) int64, continuing from `state`.
 
         document_starts: (B, T) bool; every layer's state is zero before a True token.
+        context: the ranks among which the rows are sharded, where ids are this rank's piece. States are then
+            those before and after the whole rows; inputs of the convolution count on the first rank alone.
         """
         rules = for_layers(mitigation, self.config.n_layers)
         if state is None:
             dtype = _compute_dtype(self.backbone.embedding.weight)
             state = ModelState.zeros(self.config, len(ids), ids.device, dtype, rules)
         state.require(rules.key, len(ids))
-        return self.backbone(ids, state, document_starts, rules.on(ids.device))
+        return self.backbone(ids, state, document_starts, rules.on(ids.device), context)
 
     def forward(
         self,
@@ -234,9 +249,12 @@ class Mamba2LM(nn.Module):
         *,
         document_starts: Tensor | None = None,
         mitigation: AnyMitigation | None = None,
+        context: Context | None = None,
     ) -> tuple[Tensor, ModelState]:
         """-log p(target) of every token (B, T) fp32, without ever holding the full logits."""
-        hidden, state = self.hidden(ids, state, document_starts=document_starts, mitigation=mitigation)
+        hidden, state = self.hidden(
+            ids, state, document_starts=document_starts, mitigation=mitigation, context=context
+        )
         return linear_cross_entropy(hidden, self.lm_head.weight, targets), state
 
 

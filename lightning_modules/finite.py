@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_modules.state import ModelState
@@ -18,10 +20,13 @@ def first_non_finite_gradient(model: nn.Module) -> str | None:
 
 
 def first_non_finite_parameter(model: nn.Module) -> str | None:
+    """All ranks call this together: under ZeRO-3 each looks at its own share."""
+    found = None
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            return f"parameter {name}"
-    return None
+        share: Tensor = getattr(parameter, "ds_tensor", parameter)
+        if found is None and not share.isfinite().all():
+            found = f"parameter {name}"
+    return first_of_ranks(found)
 
 
 def first_non_finite_state(state: ModelState) -> str | None:
@@ -32,6 +37,43 @@ def first_non_finite_state(state: ModelState) -> str | None:
             if len(rows):
                 return f"the state of layer {number} in row {int(rows[0])}"
     return None
+
+
+class GradientWatch:
+    """Remembers the sum of every gradient of a step, which is not finite where the gradient is not.
+
+    For strategies that take gradients away as soon as they are made.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def start(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.register_hook(partial(self._add, name))
+
+    def clear(self) -> None:
+        self._sums = {}
+
+    def first_non_finite(self) -> str | None:
+        """As `first_non_finite_gradient`: sums come in the order of the backward pass."""
+        for name, value in self._sums.items():
+            if not value.isfinite():
+                return f"the gradient of {name}"
+        return None
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        value = gradient.detach().sum()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+
+def first_of_ranks(found: str | None) -> str | None:
+    """What the first rank that found anything found; all ranks call this together."""
+    if not dist.is_initialized():
+        return found
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    return next((one for one in everyone if one is not None), None)
 
 
 @contextmanager

@@ -34,9 +34,11 @@ from lightning_modules.cpu import has_native_bf16, settle_memory
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.metrics_file import MetricsFile, copy_points
 from lightning_modules.planning.estimate import rows_of
+from lightning_modules.ranks import lost_rank
 from lightning_modules.run_dir import RunDir, config_hash, is_rank_zero, require_same_settings
 from lightning_modules.schedule import stable_steps
 from lightning_modules.slurm import is_rank
+from lightning_modules.strategies.zero import ZeroStrategy, build_strategy
 from lightning_modules.termination import Termination
 from lightning_modules.tracking import Tracker
 
@@ -70,6 +72,9 @@ def fit(run: RunDir) -> dict[str, Any]:
         print(f"continuing from {checkpoint_io.path}", flush=True)
     elif config.continue_from is not None:
         checkpoint_io = continue_from(run, Path(config.continue_from))
+    checkpoint_io.in_background = config.trainer.async_checkpoints
+    on_cpu = config.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    strategy = build_strategy(config, on_cpu)
     module = LanguageModel(config)
     if config.init_from is not None and checkpoint_io.path is None:
         start_from(config.init_from, module)
@@ -89,7 +94,7 @@ def fit(run: RunDir) -> dict[str, Any]:
         saving = SaveCheckpoints(config, run.checkpoints, termination, tracker.run_id)
         probes = [OverLengthProbe(config)] if config.probe.factor else []
         callbacks = [*probes, metrics, Progress(config, metrics), PrintSummary(), saving]
-        trainer = build_trainer(run, tracker, callbacks, checkpoint_io)
+        trainer = build_trainer(run, tracker, callbacks, checkpoint_io, strategy, on_cpu)
         try:
             data = TokenDataModule(config)
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint_io.path, weights_only=True)
@@ -99,6 +104,8 @@ def fit(run: RunDir) -> dict[str, Any]:
             if metrics.started:  # not the user's mistake: show where it comes from
                 raise RuntimeError(f"after step {trainer.global_step}: {error}") from error
             raise
+        except RuntimeError as error:
+            raise lost_rank(error, trainer.global_step) or error from None
         steps = trainer.global_step
         if saving.pruned:
             tracker.set_tags({"pruned": "true"})
@@ -128,7 +135,8 @@ def fit(run: RunDir) -> dict[str, Any]:
 def prepare_process(config: TrainConfig) -> None:
     """Threads, seeds, and silence about what concerns no one."""
     segment = config.trainer.segment_length
-    settle_memory(rows_of(config) * (segment or config.data.train_length), segment is not None)
+    piece = config.data.train_length // config.trainer.context_parallel
+    settle_memory(rows_of(config) * (segment or piece), segment is not None)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     # Deterministic algorithms would also fill every new tensor with NaN first: slow, and nothing reads those.
@@ -183,10 +191,14 @@ def start_from(path: str, module: LanguageModel) -> None:
 
 
 def build_trainer(
-    run: RunDir, tracker: Tracker, callbacks: list[pl.Callback], checkpoint_io: AtomicCheckpointIO
+    run: RunDir,
+    tracker: Tracker,
+    callbacks: list[pl.Callback],
+    checkpoint_io: AtomicCheckpointIO,
+    strategy: str | ZeroStrategy,
+    on_cpu: bool,
 ) -> pl.Trainer:
     settings, optim = run.config.trainer, run.config.optim
-    on_cpu = settings.accelerator == "cpu" or not torch.cuda.is_available()
     if on_cpu and settings.precision.startswith("bf16") and not has_native_bf16():
         print(
             f"warning: trainer.precision={settings.precision} is emulated on this CPU, which has no "
@@ -198,8 +210,8 @@ def build_trainer(
         accelerator="cpu" if on_cpu else "cuda",
         devices=settings.devices,
         num_nodes=settings.num_nodes,
-        strategy=settings.strategy,
-        precision=settings.precision,
+        strategy=strategy,
+        precision=settings.precision if isinstance(strategy, str) else None,
         max_steps=settings.max_steps,
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=optim.grad_clip or None,

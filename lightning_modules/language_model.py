@@ -1,19 +1,27 @@
 """The model as Lightning trains it: loss, optimizer, and metrics that do not depend on how a batch is cut."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from conf.schema import TrainConfig
+from kernels.context import Context
 from kernels.cross_entropy import linear_cross_entropy
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.carried import Carried
-from lightning_modules.finite import first_non_finite_gradient, first_non_finite_parameter, watch_forward
+from lightning_modules.finite import (
+    first_non_finite_gradient,
+    first_non_finite_parameter,
+    first_of_ranks,
+    watch_forward,
+)
 from lightning_modules.initial_state import Batch, FittedNoise, InitialState, Noise, Passed, Rows
 from lightning_modules.mitigations import build_mitigation
 from lightning_modules.optim import build_optimizer, build_schedule
@@ -34,9 +42,10 @@ class LanguageModel(pl.LightningModule):
     """Next-token training of a Mamba2LM.
 
     The loss of an optimizer step is sum(weight * nll) / sum(weight) over the step's tokens, on all ranks and
-    in all micro-batches. training_step returns the sum alone; before the optimizer steps, the gradients are
-    divided by the sum of the weights. So accumulation and ranks give the big batch's gradient also where
-    weights are uneven, as in packed documents.
+    in all micro-batches. The sum of the weights is known before the first micro-batch is read
+    (data.batches.weigh_steps), and every micro-batch's loss is divided by it: accumulation and ranks give the
+    big batch's gradient also where weights are uneven, as in packed documents, and however a strategy
+    reduces, shards or clips gradients.
     """
 
     model: Mamba2LM
@@ -50,6 +59,19 @@ class LanguageModel(pl.LightningModule):
         self.val_metrics: dict[str, float] = {}  # of the last validation
         self._sums: dict[str, Tensor] = {}
         self._micro_batches: list[tuple[Batch, ModelState | None]] = []
+        self._step_weight = torch.ones(())  # of the optimizer step, on all ranks
+        self.context: Context | None = None  # the ranks that share this one's rows
+
+    def setup(self, stage: str) -> None:
+        """Find the ranks of a 2-D mesh, data x context, that hold other pieces of this rank's rows."""
+        size, world = self.config.trainer.context_parallel, self.trainer.world_size
+        if size > 1 and self.context is None:
+            mesh = init_device_mesh(
+                self.trainer.strategy.root_device.type,
+                (world // size, size),
+                mesh_dim_names=("data", "context"),
+            )
+            self.context = Context(mesh.get_group("context"))
 
     def configure_model(self) -> None:
         """Build the model once; initial weights depend on the seed alone."""
@@ -64,10 +86,16 @@ class LanguageModel(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """sum(weight * nll) of a micro-batch."""
+        """sum(weight * nll) of a micro-batch over the mean of the step's micro-batches' weights.
+
+        The mean: Lightning divides by their number on this rank, strategies average over ranks.
+        """
         part, count = len(self._micro_batches), len(batch["ids"])
-        first = (part * self.trainer.world_size + self.global_rank) * count
+        size = self.config.trainer.context_parallel
+        first = (part * self.trainer.world_size + self.global_rank) // size * count
         rows = Rows(self.global_step, part, first, count)
+        if part == 0:
+            self._step_weight = self.trainer.strategy.reduce(batch["step_weight"].clone(), reduce_op="sum")
         state = self.initial_state.begin(self.model, batch, rows)
         losses, final = segmented_losses(
             self.model,
@@ -78,24 +106,21 @@ class LanguageModel(pl.LightningModule):
             mitigation=self.mitigation,
             length=self.config.trainer.segment_length,
             truncate_after=self.config.trainer.truncate_after,
+            context=self.context,
         )
         self.initial_state.end(batch, rows, final)
         loss = (batch["loss_weight"] * losses).sum()
         self._add("loss", loss.detach())
         self._add("weight", batch["loss_weight"].sum())
         self._micro_batches.append((batch, None if state is None else state.detach()))
-        return loss
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size / self._step_weight)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the step's weight. Raises RunError if the loss is not finite."""
+        """Called once a step. Raises RunError if the loss is not finite."""
         sums = self._reduce_sums()
         self.train_loss = sums["loss"] / sums["weight"]
         if not math.isfinite(self.train_loss):
             raise self._non_finite(f"train loss is {self.train_loss}", self._micro_batches)
-        # Lightning has averaged over micro-batches, DDP over ranks.
-        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, shares / sums["weight"])
         self._micro_batches.clear()
         self.initial_state.end_step(self.trainer)
 
@@ -108,14 +133,19 @@ class LanguageModel(pl.LightningModule):
         """Clip by the global norm and note it. Raises RunError if it is not finite."""
         parameters = list(self.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.grad_norm = norm.item()
-        if not math.isfinite(self.grad_norm):
-            where = first_non_finite_gradient(self.model) or "the norm alone, which overflowed"
-            raise RunError(
-                f"after step {self.global_step}: gradient norm is {self.grad_norm}; first there: {where}"
-            )
+        self.note_gradient_norm(norm.item(), lambda: first_non_finite_gradient(self.model))
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    def note_gradient_norm(self, norm: float, locate: Callable[[], str | None]) -> None:
+        """Take note of the global norm, the same on all ranks. Raises RunError if it is not finite.
+
+        locate: finds the first gradient of this rank that is not finite.
+        """
+        self.grad_norm = norm
+        if not math.isfinite(norm):
+            where = first_of_ranks(locate()) or "the norm alone, which overflowed"
+            raise RunError(f"after step {self.global_step}: gradient norm is {norm}; first there: {where}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["initial_state"] = self.initial_state.state_dict(self.trainer)
@@ -136,6 +166,7 @@ class LanguageModel(pl.LightningModule):
             document_starts=batch.get("document_starts"),
             mitigation=self.mitigation,
             length=self.config.trainer.segment_length,
+            context=self.context,
         )
         for span, hidden in pieces:
             losses[:, span] = linear_cross_entropy(hidden, self.model.lm_head.weight, targets[:, span])
@@ -145,13 +176,17 @@ class LanguageModel(pl.LightningModule):
         loss = (batch["loss_weight"] * losses).sum()
         self._add("loss", loss)
         self._add("weight", batch["loss_weight"].sum())
-        if not math.isfinite(loss.item()):
-            raise self._non_finite(f"val/loss is {loss.item()}", [(batch, None)])
-        rows = answer.any(1)
+        total = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="sum").item()
+        if not math.isfinite(total):  # on all ranks: they find out together
+            raise self._non_finite(f"val/loss is {total}", [(batch, None)])
         self._add("digits", answer.sum())
         self._add("right_digits", answer.sum() - wrong.sum())
+        rows, failed = answer.any(1), wrong.any(1)
+        if self.context is not None:  # an answer may lie on several ranks: the first counts the rows
+            shares = self.context.all_gather(torch.stack([rows, failed]).to(torch.uint8))
+            rows, failed = shares.amax(0).bool() & (self.context.rank == 0)
         self._add("rows", rows.sum())
-        self._add("right_rows", (rows & ~wrong.any(1)).sum())
+        self._add("right_rows", (rows & ~failed).sum())
         self._add("answer_loss", losses[answer].sum())
 
     def on_validation_epoch_end(self) -> None:
@@ -182,16 +217,25 @@ class LanguageModel(pl.LightningModule):
     def _non_finite(self, what: str, batches: list[tuple[Batch, ModelState | None]]) -> RunError:
         """The error that names the first tensor to blame: a parameter, or one that the forward pass makes."""
         where = first_non_finite_parameter(self.model)
+        if where is None:
+            run_inside = getattr(self.trainer.strategy, "run_inside", None)
+            found = self.watch(batches) if run_inside is None else run_inside("watch", batches)
+            where = first_of_ranks(found[0] if found else None) or "the loss itself"
+        return RunError(f"after step {self.global_step}: {what}; first not finite: {where}")
+
+    def watch(self, batches: list[tuple[Batch, ModelState | None]]) -> list[str]:
+        """Read micro-batches again and name the tensors that are not finite, in order of computation.
+
+        All of them, whatever comes: ranks may have to gather parameters together.
+        """
         precision = self.trainer.precision_plugin.forward_context()
         with torch.no_grad(), precision, watch_forward(self.model) as found:
-            for batch, state in batches if where is None else []:
-                if not found:
-                    self.model.token_losses(
-                        batch["ids"],
-                        batch["targets"],
-                        state,
-                        document_starts=batch.get("document_starts"),
-                        mitigation=self.mitigation,
-                    )
-        where = where or (found[0] if found else "the loss itself")
-        return RunError(f"after step {self.global_step}: {what}; first not finite: {where}")
+            for batch, state in batches:
+                self.model.token_losses(
+                    batch["ids"],
+                    batch["targets"],
+                    state,
+                    document_starts=batch.get("document_starts"),
+                    mitigation=self.mitigation,
+                )
+        return found

@@ -23,11 +23,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         "no_decay": {"weight_decay": 0.0, "params": [], "param_names": []},
     }
     for name, parameter in model.named_parameters():
-        decays = parameter.ndim >= 2 and name.rpartition(".")[2] not in NO_DECAY
+        decays = len(full_shape(parameter)) >= 2 and name.rpartition(".")[2] not in NO_DECAY
         group = groups["decay" if decays else "no_decay"]
         group["params"].append(parameter)
         group["param_names"].append(name)
     return list(groups.values())
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """The parameter's shape, also where ZeRO-3 keeps but a share of it here."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

@@ -23,7 +23,6 @@ from lightning_modules.planning.estimate import (
     Device,
     Estimate,
     advice,
-    devices_of,
     estimate,
     fits,
     rows_of,
@@ -77,9 +76,10 @@ def show(config: PlanConfig, device: Device, result: Estimate, measured: "Estima
 
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     c, length = config.model, config.data.train_length
-    segment = min(config.trainer.segment_length or length, length)
+    piece = length // config.trainer.context_parallel
+    segment = min(config.trainer.segment_length or piece, piece)
     size, state = sizes.parameters(c) / 1e6, sizes.state_bytes(c, 4) / 2**20
-    where = f"{devices_of(config)} x {device.name}, {device.memory / GIB:.1f} GiB each"
+    where = f"{config.trainer.ranks} x {device.name}, {device.memory / GIB:.1f} GiB each"
     console.print(f"{size:.1f}M parameters; state of a row {state:.2f} MiB; {where}")
     step = f"{result.tokens_per_step:,} tokens, {config.data.batch_size} rows of {length:,}"
     console.print(f"a step: {step}; a device holds {rows_of(config)} at a time, {segment:,} tokens of them")

@@ -34,10 +34,13 @@ FREE_SETTINGS = (
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
+    "trainer.context_parallel",
     "trainer.strategy",
+    "deepspeed.",
     "trainer.threads",
     "trainer.progress_bar",
     "trainer.checkpoint_every",
+    "trainer.async_checkpoints",
     "trainer.keep_last",
     "trainer.keep_stable",
 )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels.context import Context
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.mitigations import AnyMitigation
 from lightning_modules.state import ModelState
@@ -39,11 +40,13 @@ def segmented_losses(
     mitigation: AnyMitigation | None = None,
     length: int | None,
     truncate_after: int | None = None,
+    context: Context | None = None,
 ) -> tuple[Tensor, ModelState]:
     """`Mamba2LM.token_losses`, in segments of `length` tokens; None or a longer one: as it is.
 
     truncate_after: cut gradients of the state at the border of every so many segments, counted from the
     start (truncated backpropagation); None: exact.
+    context: every segment is sharded over its ranks; `length` counts this rank's tokens.
 
     Returns:
         -log p(target) of every token (B, T) fp32, and the state after the last.
@@ -52,7 +55,12 @@ def segmented_losses(
     def read(segment: Segment, state: ModelState | None) -> tuple[Tensor, ModelState]:
         starts = segment.document_starts
         return model.token_losses(
-            segment.ids, segment.targets, state, document_starts=starts, mitigation=mitigation
+            segment.ids,
+            segment.targets,
+            state,
+            document_starts=starts,
+            mitigation=mitigation,
+            context=context,
         )
 
     if length is None or length >= ids.shape[1]:
@@ -79,12 +87,15 @@ def hidden_by_segments(
     document_starts: Tensor | None = None,
     mitigation: AnyMitigation | None = None,
     length: int | None,
+    context: Context | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Final hidden states (B, S, d_model) of rows that begin at zero, piece by piece, and which tokens."""
     state = None
     for span in spans(ids.shape[1], length):
         starts = None if document_starts is None else document_starts[:, span]
-        hidden, state = model.hidden(ids[:, span], state, document_starts=starts, mitigation=mitigation)
+        hidden, state = model.hidden(
+            ids[:, span], state, document_starts=starts, mitigation=mitigation, context=context
+        )
         yield span, hidden
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from conf.load import flatten, from_dict, to_dict
 from conf.schema import TrainConfig, require
-from data.batches import TrainBatches, ValidationBatches
+from data.batches import TrainBatches, ValidationBatches, weigh_steps
 from data.passkey import PasskeyTask
 from data.tokenizers import load_tokenizer
 from lightning_modules.callbacks.metrics import LogMetrics
@@ -216,7 +216,7 @@ class Lane:
     def _step(self, batches: list[dict[str, Tensor]]) -> None:
         """What Lightning does for one optimizer step, in its order."""
         self.optimizer.zero_grad()
-        for batch in batches:
+        for batch in weigh_steps(batches, len(batches)):
             (self.module.training_step(batch, 0) / len(batches)).backward()
         self.module.on_before_optimizer_step(self.optimizer)
         self.module.configure_gradient_clipping(self.optimizer, self.config.optim.grad_clip or None)

@@ -19,6 +19,7 @@ from typing import Any
 from conf.load import flatten, from_command_line, user_errors
 from conf.schema import TrainConfig
 from lightning_modules.imports import UNUSED_BY_LIGHTNING, heavy_imports
+from lightning_modules.ranks import require_world_size
 from lightning_modules.run_dir import (
     RunError,
     is_rank_zero,
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     config = from_command_line(TrainConfig, __doc__ or "", argv)
     with user_errors():
+        require_world_size(config)
         path = locate(config, argv)
         require_same_config(path, config)
         result = read_result(path)

@@ -2,6 +2,10 @@
 
 import os
 import random
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 
 from conf.load import from_dict, to_dict
 from conf.schema import TrainConfig
@@ -24,6 +30,7 @@ from lightning_modules.checkpoints import (
     write_checkpoint,
 )
 from lightning_modules.finite import first_non_finite_parameter
+from lightning_modules.optim import full_shape
 from lightning_modules.run_dir import RunError
 from lightning_modules.schedule import stable_steps
 from lightning_modules.termination import Termination
@@ -46,6 +53,7 @@ class SaveCheckpoints(Checkpoint):
         self.pruned = False  # the worker's pruner has ended the run at this step
         self._step = 0  # last step whose end was seen; at first that of the checkpoint
         self._rng_to_restore: dict[str, Any] | None = None
+        self._unsettled: Path | None = None  # checkpoint that is perhaps still being written
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         first, last = -_highest(trainer, -self._step), _highest(trainer, self._step)
@@ -56,6 +64,7 @@ class SaveCheckpoints(Checkpoint):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._require_space(trainer)
         self._step = trainer.global_step
         self.termination.deferred = True
         self.termination.install()
@@ -110,6 +119,8 @@ class SaveCheckpoints(Checkpoint):
         ends = signum or self.pruned or self._step == settings.max_steps
         if ends or stable or self._step % settings.checkpoint_every == 0:
             self._save(trainer)
+        if ends or stable or not settings.async_checkpoints:
+            self._settle(trainer)
         if stable and trainer.is_global_zero:
             keep_stable(self.folder, checkpoint_path(self.folder, self._step))
         if signum:
@@ -131,17 +142,54 @@ class SaveCheckpoints(Checkpoint):
         where = first_non_finite_parameter(trainer.lightning_module)
         if where is not None:
             raise RunError(f"after step {self._step}: first not finite: {where}; nothing saved")
+        self._settle(trainer)
+        self._require_space(trainer)
         path = checkpoint_path(self.folder, self._step)
-        try:
+        with self._saying_what_is_left(path):
             trainer.save_checkpoint(path, weights_only=False)
-            if trainer.is_global_zero:
+        self._unsettled = path
+
+    def _settle(self, trainer: pl.Trainer) -> None:
+        """Wait until the last checkpoint is written whole, then let go of older ones."""
+        if self._unsettled is None:
+            return
+        path, self._unsettled = self._unsettled, None
+        if trainer.is_global_zero:
+            with self._saying_what_is_left(path):
+                assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+                trainer.strategy.checkpoint_io.wait()
                 link_last(self.folder, path)
                 prune(self.folder, self.config.trainer.keep_last)
+
+    @contextmanager
+    def _saying_what_is_left(self, path: Path) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             kept = next(iter(list_checkpoints(self.folder)), None)
             raise RunError(
                 f"{path}: cannot be written ({error.strerror or error}); last good one: {kept}"
             ) from None
+
+    def _require_space(self, trainer: pl.Trainer) -> None:
+        """Raise RunError, on all ranks, if the disk has no room for one more checkpoint.
+
+        That is the parameters and AdamW's two moments, and what the last one held beside them.
+        """
+        assert trainer.lightning_module is not None
+        missing = 0
+        if trainer.is_global_zero:
+            needed = 3 * sum(4 * full_shape(p).numel() for p in trainer.lightning_module.parameters())
+            last = next(iter(list_checkpoints(self.folder)), None)
+            needed = max(needed, 0 if last is None else last.stat().st_size)
+            missing = max(0, needed - shutil.disk_usage(self.folder).free)
+        missing = _highest(trainer, missing)
+        if missing:
+            kept = next(iter(list_checkpoints(self.folder)), None)
+            raise RunError(
+                f"{self.folder}: the disk lacks {missing / 2**20:,.1f} MiB for a checkpoint: free some and "
+                f"give the same command again; last good one: {kept}"
+            )
 
 
 def _highest(trainer: pl.Trainer, value: int) -> int:
@@ -153,9 +201,16 @@ def _highest(trainer: pl.Trainer, value: int) -> int:
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Lightning's access to checkpoint files: written at once, read once and as data only."""
+    """Lightning's access to checkpoint files: written at once, read once and as data only.
+
+    in_background: `save_checkpoint` copies the contents to CPU memory and returns; `wait` tells the outcome.
+    """
+
+    in_background = False
 
     def __init__(self, loaded: tuple[Path, dict[str, Any]] | None = None) -> None:
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
         self.path = None if loaded is None else loaded[0]
         self._contents = {} if loaded is None else loaded[1]
 
@@ -169,7 +224,17 @@ class AtomicCheckpointIO(CheckpointIO):
         return from_dict(TrainConfig, self._contents["config"])
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        write_checkpoint(checkpoint, path)
+        if not self.in_background:
+            write_checkpoint(checkpoint, path)
+            return
+        self.wait()
+        self._writing = self._writer.submit(write_checkpoint, copy_to_cpu(checkpoint), path)
+
+    def wait(self) -> None:
+        """Until the file is there. Raises OSError if it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -182,6 +247,19 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         os.unlink(path)
+
+
+def copy_to_cpu(contents: Any) -> Any:
+    """Nested contents that training no longer changes; tensors that share memory share it in the copy."""
+    copies: dict[tuple[Any, ...], Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() == 0 or key not in copies:
+            copies[key] = tensor.detach().to("cpu", copy=True)
+        return copies[key]
+
+    return apply_to_collection(contents, Tensor, copy)
 
 
 def get_rng_state() -> dict[str, Any]:

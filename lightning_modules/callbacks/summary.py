@@ -13,7 +13,7 @@ from conf.initial_state import InitialStateConfig
 from conf.schema import ModelConfig
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.mitigations import AnyMitigation
-from lightning_modules.optim import parameter_groups
+from lightning_modules.optim import full_shape, parameter_groups
 from lightning_modules.state import ModelState
 
 
@@ -30,7 +30,7 @@ def summarize(module: LanguageModel) -> Table:
     """The summary as a rich table of two columns."""
     config = module.config
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    parameters = sum(parameter.numel() for parameter in module.model.parameters())
+    parameters = sum(full_shape(parameter).numel() for parameter in module.model.parameters())
     conv, ssm = state_elements(config.model, module.mitigation)
     table.add_row("parameters", f"{parameters:,}")
     table.add_row("state", f"{conv + ssm:,} elements a sequence ({ssm:,} SSM, {conv:,} convolution)")

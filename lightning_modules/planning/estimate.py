@@ -48,21 +48,28 @@ class Estimate:
         return self.tokens_per_step / self.seconds
 
 
-def devices_of(config: TrainConfig) -> int:
-    return config.trainer.devices * config.trainer.num_nodes
-
-
 def rows_of(config: TrainConfig) -> int:
-    """Rows of one micro-batch on one device."""
-    return max(1, config.data.batch_size // (config.trainer.accumulate * devices_of(config)))
+    """Rows of one micro-batch that a device reads, or reads a piece of."""
+    return max(1, config.data.batch_size // (config.trainer.accumulate * config.trainer.data_ranks))
+
+
+def shares(config: TrainConfig) -> tuple[int, int, int]:
+    """Over how many devices parameters, gradients and optimizer states are sharded. Parameters of ZeRO-3 are
+    held whole while a segment is differentiated."""
+    if config.trainer.strategy != "deepspeed":
+        return 1, 1, 1
+    ranks, stage = config.trainer.ranks, config.deepspeed.stage
+    whole = config.trainer.segment_length is not None
+    return ranks if stage == 3 and not whole else 1, ranks if stage >= 2 else 1, ranks
 
 
 def estimate(config: TrainConfig, device: Device) -> Estimate:
     """What one device holds and takes. A step's rows are shared by all devices."""
-    c, e, rows, length = config.model, sizes.element(config), rows_of(config), config.data.train_length
+    c, e, rows = config.model, sizes.element(config), rows_of(config)
+    length = config.data.train_length // config.trainer.context_parallel  # of a device's pieces
     segment = min(config.trainer.segment_length or length, length)
     segments = -(-length // segment)
-    count = sizes.parameters(c)
+    count, (of_parameters, of_gradients, of_optimizer) = sizes.parameters(c), shares(config)
     per_token = sizes.saved_per_token(c, e, device.on_gpu) + sizes.workspace_per_token(c, e)
     states = sizes.state_bytes(c, e)
     activations = rows * segment * per_token
@@ -70,17 +77,18 @@ def estimate(config: TrainConfig, device: Device) -> Estimate:
         of_scan = 2 * e * rows * segment / sizes.STATE_CHUNK * c.n_heads * c.headdim * c.d_state
         activations += min(of_scan, max(SLAB_BYTES, of_scan / 16))
     passes = 3 if segments == 1 else 4  # forward, backward as two, and once more forward
-    work = passes * sizes.flops_per_token(c) * config.data.batch_size * length
+    tokens = config.data.batch_size * config.data.train_length
+    speed = config.trainer.ranks * device.flops * device.efficiency
     return Estimate(
-        parameters=4 * count,
-        gradients=4 * count,
-        optimizer=8 * count,
+        parameters=4 * count // of_parameters,
+        gradients=4 * count // of_gradients,
+        optimizer=0 if config.deepspeed.offload_optimizer else 8 * count // of_optimizer,
         cast_weights=2 * sizes.matrix_parameters(c) if e == 2 else 0,
         borders=rows * states * (segments if segments > 1 else 1),
         activations=round(activations),
         tokens=rows * length * 32,
-        seconds=work / (devices_of(config) * device.flops * device.efficiency),
-        tokens_per_step=config.data.batch_size * length,
+        seconds=passes * sizes.flops_per_token(c) * tokens / speed,
+        tokens_per_step=tokens,
     )
 
 
@@ -92,9 +100,14 @@ def with_segments(config: TrainConfig, length: int | None) -> TrainConfig:
     return replace(config, trainer=replace(config.trainer, segment_length=length))
 
 
+def _sharded(config: TrainConfig, stage: int) -> TrainConfig:
+    trainer = replace(config.trainer, strategy="deepspeed")
+    return replace(config, trainer=trainer, deepspeed=replace(config.deepspeed, stage=stage))
+
+
 def longest_segment(config: TrainConfig, device: Device) -> int | None:
     """The longest segment that fits, a power of two, the whole row if it can be; None if none does."""
-    length = config.data.train_length
+    length = config.data.train_length // config.trainer.context_parallel
     if fits(estimate(with_segments(config, None), device), device):
         return length
     segment = 1 << (length - 1).bit_length() - 1
@@ -108,7 +121,8 @@ def longest_segment(config: TrainConfig, device: Device) -> int | None:
 def advice(config: TrainConfig, device: Device) -> list[str]:
     """Settings to change, each with its reason; none where all is well."""
     now, lines = estimate(config, device), []
-    longest, length = longest_segment(config, device), config.data.train_length
+    longest = longest_segment(config, device)
+    length = config.data.train_length // config.trainer.context_parallel
     segment = config.trainer.segment_length or length
     rows = rows_of(config)
     if longest is None:
@@ -116,7 +130,13 @@ def advice(config: TrainConfig, device: Device) -> list[str]:
         if held > USABLE * device.memory:
             least = -(-held // int(USABLE * device.memory))
             taken = f"parameters, gradients and optimizer alone take {held / GIB:.1f} GiB"
-            lines.append(f"{taken}: shard them (ZeRO) over {least} devices or more")
+            stage = next((s for s in (1, 2, 3) if fits(estimate(_sharded(config, s), device), device)), None)
+            if config.trainer.ranks > 1 and stage is not None and config.trainer.strategy != "deepspeed":
+                lines.append(
+                    f"trainer.strategy=deepspeed deepspeed.stage={stage}: {taken}, which ZeRO shards"
+                )
+            else:
+                lines.append(f"{taken}: shard them (ZeRO) over {least} devices or more")
         elif rows > 1:
             lines.append(f"trainer.accumulate={config.trainer.accumulate * rows}: one row at a time")
     elif not fits(now, device):

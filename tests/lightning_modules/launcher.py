@@ -58,21 +58,39 @@ def train_on_ranks(
 
     own: further settings of each rank.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     argv = [*argv, f"trainer.devices={ranks}", "trainer.accelerator=cpu"]
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    meeting = rendezvous()
     processes = [
-        start_train([*argv, *(own[rank] if own else [])], output, LOCAL_RANK=str(rank), **rendezvous)
+        start_train([*argv, *(own[rank] if own else [])], output, LOCAL_RANK=str(rank), **meeting)
         for rank in range(ranks)
     ]
+    return _join(processes)
+
+
+def call_on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, output: Path) -> None:
+    """`function(*arguments)` on `ranks` gloo processes, their group initialised. It raises where it fails."""
+    meeting = rendezvous()
+    processes = [
+        start(_in_group, rank, ranks, meeting, function, arguments, output=output) for rank in range(ranks)
+    ]
+    assert _join(processes) == [0] * ranks, output.read_text()
+
+
+def _join(processes: list[BaseProcess]) -> list[int | None]:
+    """Exit statuses, once all have ended; none outlives one that failed."""
     while alive := [process for process in processes if process.is_alive()]:
         if any(process.exitcode for process in processes):  # the others would wait for it
             for process in alive:
                 process.kill()
         alive[0].join(0.1)
     return [process.exitcode for process in processes]
+
+
+def rendezvous() -> dict[str, str]:
+    """Where ranks meet: a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
 def wait_until(condition: Callable[[], bool], process: BaseProcess, seconds: float = 120) -> bool:
@@ -85,6 +103,26 @@ def wait_until(condition: Callable[[], bool], process: BaseProcess, seconds: flo
             return condition()
         time.sleep(0.002)
     raise TimeoutError(f"nothing within {seconds} s")
+
+
+def _in_group(
+    rank: int,
+    ranks: int,
+    meeting: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    os.environ |= meeting
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    try:
+        function(*arguments)
+    finally:
+        dist.destroy_process_group()
 
 
 def _python(option: str, argv: list[str], folder: str) -> None:

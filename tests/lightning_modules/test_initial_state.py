@@ -204,11 +204,17 @@ def test_training_begins_elsewhere_and_validation_at_zero(name: str) -> None:
 
 
 def test_rows_survive_another_number_of_ranks() -> None:
+    module = SimpleNamespace(config=make_config())
     for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool):
         rows = torch.randn(24, 3).to(dtype)
         for accumulate, ranks in ((1, 1), (3, 1), (2, 4), (1, 12)):
             trainers: list[Any] = [
-                SimpleNamespace(world_size=ranks, accumulate_grad_batches=accumulate, global_rank=rank)
+                SimpleNamespace(
+                    world_size=ranks,
+                    accumulate_grad_batches=accumulate,
+                    global_rank=rank,
+                    lightning_module=module,
+                )
                 for rank in range(ranks)
             ]
             shares = [own_rows(rows, trainer) for trainer in trainers]

@@ -113,6 +113,20 @@ def test_a_model_too_large_for_a_device_is_to_be_sharded() -> None:
     assert "ZeRO" in advice(config, device)[0]
 
 
+def test_what_several_devices_hold() -> None:
+    rows = ["conf/train/mamba2-2.7b.yaml", "trainer.devices=8", "trainer.accumulate=8"]
+    alone, device = parse(PlanConfig, rows), DEVICES["h200"]
+    zero = parse(PlanConfig, [*rows, "trainer.strategy=deepspeed", "deepspeed.stage=2"])
+    whole, shared = estimate(alone, device), estimate(zero, device)
+    assert shared.parameters == whole.parameters
+    assert shared.gradients == whole.gradients // 8
+    assert shared.optimizer == whole.optimizer // 8
+    pieces = parse(PlanConfig, [*rows, "trainer.context_parallel=8", "trainer.accumulate=64"])
+    assert estimate(pieces, device).activations < whole.activations / 7
+    tight = parse(PlanConfig, [*rows, "trainer.segment_length=512"])
+    assert advice(tight, replace(device, memory=40 * 2**30))[0].startswith("trainer.strategy=deepspeed")
+
+
 def test_longer_rows_take_no_more_than_their_states() -> None:
     config = parse(PlanConfig, [*LONG, "trainer.segment_length=16384"])
     device = DEVICES["h200"]

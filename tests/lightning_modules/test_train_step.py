@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from conf.schema import DataConfig, MitigationConfig, ModelConfig, OptimConfig, TrainConfig, TrainerConfig
+from data.batches import weigh_steps
 from kernels.ssd import Mitigation
 from lightning_modules.callbacks.summary import state_elements, summarize
 from lightning_modules.finite import watch_forward
@@ -70,7 +71,7 @@ def run_step(
     )
     train, validate = (
         DataLoader(part, batch_size=None)  # type: ignore[arg-type]
-        for part in (batches, validation or [make_batch()])
+        for part in (list(weigh_steps(batches, config.accumulate)), validation or [make_batch()])
     )
     trainer.fit(module, train, validate)
     return trainer

@@ -1,0 +1,63 @@
+"""The causal convolution of a piece: its first tokens read the last inputs of the piece before."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.context.group import Context
+from kernels.conv import causal_conv1d
+
+
+def context_conv1d(
+    context: Context,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    document_starts: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`kernels.conv.causal_conv1d` of this rank's piece (B, T, C), which has at least W - 1 tokens.
+
+    Only the first rank reads `initial_state`, and only it is given the final one: the last inputs of the
+    last rank's piece. Elsewhere the state returned is zero.
+    """
+    lags = weight.shape[1] - 1
+    if x.shape[1] < lags:
+        raise ValueError(
+            f"x has {x.shape[1]} tokens: a piece of a context group needs at least d_conv - 1 = {lags}"
+        )
+    tail = x[:, -lags:]
+    if document_starts is not None:
+        # how many documents begin after a token: those of another document than the last are not handed on
+        begun = document_starts[:, -lags:].flip(1).cumsum(1).flip(1) - document_starts[:, -lags:].long()
+        tail = tail * (begun == 0)[..., None].to(x.dtype)
+    if initial_state is None:
+        initial_state = x.new_zeros(len(x), x.shape[2], lags)
+    before, final = _Halo.apply(tail.transpose(1, 2), initial_state.to(x.dtype), context)
+    y, _ = causal_conv1d(x, weight, bias, initial_state=before, document_starts=document_starts, **options)
+    return y, final
+
+
+class _Halo(torch.autograd.Function):
+    """(tail of the piece, state before the sequence) -> (inputs before the piece, state after the sequence).
+
+    One exchange in a ring each way: the last rank's tail goes to the first, as the state after the sequence.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tail: Tensor, initial: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        ctx.context = context
+        received = context.shift(tail, 1)
+        if context.rank == 0:
+            return initial.clone(), received.clone()
+        return received, torch.zeros_like(received)
+
+    @staticmethod
+    def backward(ctx: Any, dbefore: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        context: Context = ctx.context
+        first = context.rank == 0
+        dtail = context.shift(dfinal if first else dbefore, -1)
+        return dtail, dbefore if first else None, None
