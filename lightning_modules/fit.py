@@ -3,7 +3,6 @@
 import logging
 import os
 import platform
-import resource
 import sys
 import time
 import warnings
@@ -32,6 +31,7 @@ from lightning_modules.checkpoints import (
 )
 from lightning_modules.cpu import has_native_bf16, settle_memory
 from lightning_modules.language_model import LanguageModel
+from lightning_modules.memory import peak_memory_mib
 from lightning_modules.metrics_file import MetricsFile, copy_points
 from lightning_modules.planning.estimate import rows_of
 from lightning_modules.ranks import lost_rank
@@ -113,7 +113,7 @@ def fit(run: RunDir) -> dict[str, Any]:
         result = {
             "status": "pruned" if saving.pruned else "completed",
             "command": "train",
-            "metrics": final_metrics(steps, metrics),
+            "metrics": final_metrics(steps, metrics, trainer.strategy.root_device),
             "mlflow_run_id": tracker.run_id,
             "tracking_complete": False,
             "checkpoint": str(checkpoint_path(run.checkpoints, steps).relative_to(run.path)),
@@ -241,7 +241,7 @@ def launcher() -> list[LightningEnvironment | SLURMEnvironment]:
     return [LightningEnvironment()] if "SLURM_JOB_ID" in os.environ and "RANK" not in os.environ else []
 
 
-def final_metrics(steps: int, metrics: LogMetrics) -> dict[str, float]:
+def final_metrics(steps: int, metrics: LogMetrics, device: torch.device) -> dict[str, float]:
     """The last validation and training metrics; tokens, speed over all restarts, and peak memory in MiB."""
     tokens = steps * metrics.tokens_per_step
     return {
@@ -249,15 +249,8 @@ def final_metrics(steps: int, metrics: LogMetrics) -> dict[str, float]:
         **metrics.val_metrics,
         "tokens": float(tokens),
         "tokens_per_second": tokens / metrics.seconds,
-        "peak_memory_mib": peak_memory_mib(),
+        "peak_memory_mib": peak_memory_mib(device),
     }
-
-
-def peak_memory_mib() -> float:
-    """Most memory that this process has held at once: the GPU's where it used one, else resident memory."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def _is_not_chatter(record: logging.LogRecord) -> bool:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,32 +41,6 @@ def tokenizer_of(config: MeasureConfig | CalibrateConfig, trained: TrainConfig) 
             f"tokenizer {trained.data.tokenizer} {tokenizer.vocab_size}: restore the one it was trained with"
         )
     return tokenizer
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Most memory that this process (or its share of the GPU) has held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count what the parent held before exec
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def reset_peak_memory(device: torch.device) -> bool:
-    """Begin to measure anew what `peak_memory_mib` tells; False where the system does not let us."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux, or a sandbox
-        return False
-    return True
 
 
 def open_measuring_dir(config: MeasureConfig, command: str) -> Path:

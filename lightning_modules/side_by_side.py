@@ -188,7 +188,7 @@ class Lane:
         result = {
             "status": "completed",
             "command": "train",
-            "metrics": final_metrics(self.step, self.metrics),
+            "metrics": final_metrics(self.step, self.metrics, self.device),
             "mlflow_run_id": self.tracker.run_id,
             "tracking_complete": False,
             "checkpoint": str(path.relative_to(self.run.path)),

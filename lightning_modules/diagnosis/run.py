@@ -47,13 +47,13 @@ from lightning_modules.measuring import (
     identity,
     open_measuring_dir,
     params,
-    peak_memory_mib,
     run_name,
     show_progress,
     to_json,
     tokenizer_of,
     write_output,
 )
+from lightning_modules.memory import peak_memory_mib
 from lightning_modules.mitigations import LayerMitigations, build_mitigation
 from lightning_modules.run_dir import read_result, write_json
 from lightning_modules.tracking import Tracker

@@ -30,13 +30,13 @@ from lightning_modules.measuring import (
     identity,
     open_measuring_dir,
     params,
-    reset_peak_memory,
     run_name,
     source_name,
     to_json,
     tokenizer_of,
     write_output,
 )
+from lightning_modules.memory import reset_peak_memory
 from lightning_modules.mitigations import build_mitigation
 from lightning_modules.run_dir import write_json
 from lightning_modules.tracking import Tracker

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import resource
 import time
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from conf.schema import TrainConfig
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.cpu import settle_memory
+from lightning_modules.memory import peak_memory_mib
 from lightning_modules.optim import build_optimizer
 from lightning_modules.planning.estimate import Device, Estimate, estimate, rows_of
 from lightning_modules.segments import segmented_losses
@@ -54,7 +54,7 @@ def measure(config: TrainConfig) -> Estimate:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     seconds = _step(config, place, config.data.train_length)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _peak() - before
+    peak = peak_memory_mib(place) * 2**20 - before
     micro_batches = config.trainer.accumulate
     predicted = estimate(config, Device("", 0, 1.0, on_gpu))
     return Estimate(
@@ -89,7 +89,3 @@ def _step(config: TrainConfig, place: torch.device, length: int) -> float:
 def _resident() -> float:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

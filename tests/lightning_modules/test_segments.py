@@ -118,10 +118,11 @@ def test_every_parameter_is_accumulated_once(model: Mamba2LM, tokens: dict[str, 
 
 
 MEASURE = """
-import resource, sys, torch
+import sys, torch
 from conf.schema import ModelConfig
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.cpu import map_large_tensors
+from lightning_modules.memory import peak_memory_mib
 from lightning_modules.segments import segmented_losses
 torch.set_num_threads(1)
 map_large_tensors()
@@ -129,7 +130,7 @@ d_model, length = map(int, sys.argv[1:])
 model = Mamba2LM(ModelConfig(d_model=d_model, n_layers=2, d_state=16, headdim=32, vocab_size=256))
 ids = torch.randint(256, (1, length + 1))
 segmented_losses(model, ids[:, :-1], ids[:, 1:], length=4096)[0].sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(peak_memory_mib(torch.device("cpu")))
 """
 
 

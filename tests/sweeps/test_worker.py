@@ -92,7 +92,7 @@ def test_a_full_disk_fails_no_trial_and_ends_the_worker_with_one_line(tmp_path, 
     study = make_study(store, "train", {"loss": "maximize"}, stage="train", mlflow_run_id=None)
     enqueue(study, plan_given([{}], [0]))
 
-    def spawn(steps, line, log, environment) -> int:
+    def spawn(steps, line, log, environment, checkpoint) -> int:
         log.write_text("error: step=0000010.ckpt: cannot be written (No space left on device)\n")
         return 1
 
