@@ -76,7 +76,7 @@ def test_what_a_token_leaves_is_counted_right(bf16: bool, layers: int) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        ["data.train_length=16384", "data.batch_size=1", "trainer.segment_length=4096"],
+        ["data.train_length=12288", "data.batch_size=1", "trainer.segment_length=6144", "model.n_layers=3"],
         pytest.param(
             ["data.train_length=8192", "data.batch_size=1", "model.n_layers=3"], marks=pytest.mark.slow
         ),
