@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 		$(if $(INDEX),--extra-index-url $(INDEX)) -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP) ## train, watch models collapse, mend them: about 10 minutes on 2 cores
+demo: $(STAMP) ## train, watch models collapse, mend them: about 3 minutes on 2 cores
 	@$(RUN) -m sweeps.run conf/sweep/demo.yaml $(ARGS)
 
 ui: $(STAMP) ## every run in the browser, on 127.0.0.1 only
@@ -46,7 +46,7 @@ ui: $(STAMP) ## every run in the browser, on 127.0.0.1 only
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true $(VENV)/bin/mlflow ui \
 		--backend-store-uri $(STORE) --host 127.0.0.1 --port $(PORT) --workers 1
 
-test: $(STAMP) ## the tests, about 8 minutes on 2 cores
+test: $(STAMP) ## the tests, about 9 minutes on 2 cores
 	@test $(SERVICES) = no || tests/install_services.sh
 	@$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)
 
