@@ -33,7 +33,7 @@ from lightning_modules.cpu import has_native_bf16, settle_memory
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.memory import peak_memory_mib
 from lightning_modules.metrics_file import MetricsFile, copy_points
-from lightning_modules.planning.estimate import rows_of
+from lightning_modules.planning.estimate import tokens_at_once
 from lightning_modules.ranks import lost_rank
 from lightning_modules.run_dir import RunDir, config_hash, is_rank_zero, require_same_settings
 from lightning_modules.schedule import stable_steps
@@ -134,9 +134,7 @@ def fit(run: RunDir) -> dict[str, Any]:
 
 def prepare_process(config: TrainConfig) -> None:
     """Threads, seeds, and silence about what concerns no one."""
-    segment = config.trainer.segment_length
-    piece = config.data.train_length // config.trainer.context_parallel
-    settle_memory(rows_of(config) * (segment or piece), segment is not None)
+    settle_memory(tokens_at_once(config), config.trainer.segment_length is not None)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     # Deterministic algorithms would also fill every new tensor with NaN first: slow, and nothing reads those.

@@ -13,6 +13,7 @@ Ends with 0, with 2 for a config that does not hold or that cannot fit, naming t
 
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from conf.load import die, from_command_line, user_errors
 from conf.plan_schema import PlanConfig
@@ -26,7 +27,11 @@ from lightning_modules.planning.estimate import (
     estimate,
     fits,
     rows_of,
+    tokens_at_once,
 )
+
+if TYPE_CHECKING:
+    from lightning_modules.planning.measure import Measured
 
 # Memory, and FLOP/s of large bf16 products: the H200's measured, the others' in proportion to their peaks.
 DEVICES = {
@@ -70,14 +75,13 @@ def find_device(config: PlanConfig) -> Device:
     return device
 
 
-def show(config: PlanConfig, device: Device, result: Estimate, measured: "Estimate | None") -> None:
+def show(config: PlanConfig, device: Device, result: Estimate, measured: "Measured | None") -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     c, length = config.model, config.data.train_length
-    piece = length // config.trainer.context_parallel
-    segment = min(config.trainer.segment_length or piece, piece)
+    segment = tokens_at_once(config) // rows_of(config)
     size, state = sizes.parameters(c) / 1e6, sizes.state_bytes(c, 4) / 2**20
     where = f"{config.trainer.ranks} x {device.name}, {device.memory / GIB:.1f} GiB each"
     console.print(f"{size:.1f}M parameters; state of a row {state:.2f} MiB; {where}")

@@ -53,6 +53,16 @@ def rows_of(config: TrainConfig) -> int:
     return max(1, config.data.batch_size // (config.trainer.accumulate * config.trainer.data_ranks))
 
 
+def piece_of(config: TrainConfig) -> int:
+    """Tokens of a row that a device reads."""
+    return config.data.train_length // config.trainer.context_parallel
+
+
+def tokens_at_once(config: TrainConfig) -> int:
+    """Tokens whose activations a device holds together."""
+    return rows_of(config) * min(config.trainer.segment_length or piece_of(config), piece_of(config))
+
+
 def shares(config: TrainConfig) -> tuple[int, int, int]:
     """Over how many devices parameters, gradients and optimizer states are sharded. Parameters of ZeRO-3 are
     held whole while a segment is differentiated."""
@@ -66,7 +76,7 @@ def shares(config: TrainConfig) -> tuple[int, int, int]:
 def estimate(config: TrainConfig, device: Device) -> Estimate:
     """What one device holds and takes. A step's rows are shared by all devices."""
     c, e, rows = config.model, sizes.element(config), rows_of(config)
-    length = config.data.train_length // config.trainer.context_parallel  # of a device's pieces
+    length = piece_of(config)
     segment = min(config.trainer.segment_length or length, length)
     segments = -(-length // segment)
     count, (of_parameters, of_gradients, of_optimizer) = sizes.parameters(c), shares(config)
@@ -107,7 +117,7 @@ def _sharded(config: TrainConfig, stage: int) -> TrainConfig:
 
 def longest_segment(config: TrainConfig, device: Device) -> int | None:
     """The longest segment that fits, a power of two, the whole row if it can be; None if none does."""
-    length = config.data.train_length // config.trainer.context_parallel
+    length = piece_of(config)
     if fits(estimate(with_segments(config, None), device), device):
         return length
     segment = 1 << (length - 1).bit_length() - 1
@@ -122,7 +132,7 @@ def advice(config: TrainConfig, device: Device) -> list[str]:
     """Settings to change, each with its reason; none where all is well."""
     now, lines = estimate(config, device), []
     longest = longest_segment(config, device)
-    length = config.data.train_length // config.trainer.context_parallel
+    length = piece_of(config)
     segment = config.trainer.segment_length or length
     rows = rows_of(config)
     if longest is None:

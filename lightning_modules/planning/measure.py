@@ -3,6 +3,7 @@
 import gc
 import os
 import time
+from typing import NamedTuple
 
 import torch
 
@@ -11,10 +12,18 @@ from lightning_modules.backbone import Mamba2LM
 from lightning_modules.cpu import settle_memory
 from lightning_modules.memory import peak_memory_mib
 from lightning_modules.optim import build_optimizer
-from lightning_modules.planning.estimate import Device, Estimate, estimate, rows_of
+from lightning_modules.planning.estimate import Device, piece_of, rows_of, tokens_at_once
 from lightning_modules.segments import segmented_losses
 
 STEPS = 3
+
+
+class Measured(NamedTuple):
+    """peak in bytes; seconds of an optimizer step; tokens_per_second of all devices, if each is as fast."""
+
+    peak: float
+    seconds: float
+    tokens_per_second: float
 
 
 def device_here(config: TrainConfig, cpu: bool) -> Device:
@@ -38,13 +47,12 @@ def device_here(config: TrainConfig, cpu: bool) -> Device:
     return Device("this CPU", memory, 2 * size**3 / best, on_gpu=False)
 
 
-def measure(config: TrainConfig) -> Estimate:
+def measure(config: TrainConfig) -> Measured:
     """Three optimizer steps on random tokens, one micro-batch each. The peak is what they add to the process
     (on a GPU: what PyTorch allocates); seconds are those of a whole step with all its micro-batches."""
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
     place = torch.device("cuda" if on_gpu else "cpu")
-    segment = config.trainer.segment_length
-    settle_memory(rows_of(config) * (segment or config.data.train_length), segment is not None)
+    settle_memory(tokens_at_once(config), config.trainer.segment_length is not None)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
     _step(config, place, length=64)  # what libraries load when they are first called is not the model's
@@ -53,15 +61,10 @@ def measure(config: TrainConfig) -> Estimate:
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    seconds = _step(config, place, config.data.train_length)
+    seconds = _step(config, place, piece_of(config))
     peak = peak_memory_mib(place) * 2**20 - before
-    micro_batches = config.trainer.accumulate
-    predicted = estimate(config, Device("", 0, 1.0, on_gpu))
-    return Estimate(
-        parameters=0, gradients=0, optimizer=0, cast_weights=0, borders=0, activations=round(peak), tokens=0,
-        seconds=seconds * micro_batches,
-        tokens_per_step=predicted.tokens_per_step,
-    )  # fmt: skip
+    seconds *= config.trainer.accumulate
+    return Measured(peak, seconds, config.data.batch_size * config.data.train_length / seconds)
 
 
 def _step(config: TrainConfig, place: torch.device, length: int) -> float:
