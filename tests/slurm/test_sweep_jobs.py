@@ -15,19 +15,8 @@ from lightning_modules.mlflow_store import connect
 from sweeps.studies import load_studies
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT, Checkout
+from tests.sweeps.conftest import BASE, SWEEP
 
-BASE = """\
-model: {d_model: 32, n_layers: 1, d_state: 16, headdim: 16}
-data: {train_length: 128, batch_size: 2}
-trainer: {max_steps: 10}
-"""
-SWEEP = """\
-name: tiny
-train:
-  base: base.yaml
-  space: {model.d_state: [16, 64, 4]}
-tracking: {enabled: false}
-"""
 MITIGATION = """\
 mitigation:
   space:
