@@ -36,6 +36,16 @@ def _launches(x: Tensor, B: Tensor, *rest: Any) -> Launches:
     return Launches(x, B, *rest)
 
 
+def like(t: Tensor) -> Tensor:
+    """Room for another of its shape, contiguous."""
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
+def of_numbers(per_head: Tensor, numbers: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """The gradients of rate, log_alpha, weight and bias, of (4, H), where there are such numbers."""
+    return [None if t is None else g.to(t.dtype) for t, g in zip(numbers, per_head, strict=True)]
+
+
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -154,9 +164,6 @@ def _scan_backward_fake(
     dy: Tensor,
     dfinal: Tensor | None,
 ) -> Gradients:
-    def like(t: Tensor) -> Tensor:
-        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
     initial = borders.new_empty(borders.shape[0], *borders.shape[2:])
     dinsert = dt.new_empty(0, dtype=torch.float32) if insert is None else like(sums.transpose(1, 2))
     dD = sums.new_empty(()) if D is None else like(D)
@@ -183,10 +190,7 @@ def _backward(ctx: Any, dy: Tensor, dfinal: Tensor | None, *_: Tensor | None) ->
     dx, ddt, per_head, dinsert, dB, dC, dD, dinitial = _scan_backward(
         *inputs, *ctx.options, sums, inserts, borders, dy, dfinal
     )
-    given = [
-        None if t is None else g.to(t.dtype)
-        for t, g in zip((rate, log_alpha, weight, bias), per_head, strict=True)
-    ]
+    given = of_numbers(per_head, (rate, log_alpha, weight, bias))
     return (
         dx, ddt, *given, None if insert is None else dinsert, dB, dC, None if D is None else dD.to(D.dtype),
         dinitial if ctx.has_initial else None, *[None] * 6,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.ssd.triton_launch import Decay
 from kernels.ssd.triton_reach import scaled_ahead, window_decays, window_decays_backward
-from kernels.ssd.triton_scan import in_reach, numbers_of, on_hopper
+from kernels.ssd.triton_scan import in_reach, like, numbers_of, of_numbers, on_hopper
 from kernels.triton_support import on_device
 
 MOST_APART = 64  # chunks: longer blocks are cut at tokens, so that states of any block fit a slab
@@ -157,9 +157,6 @@ def _window_backward_fake(
     reaches: Tensor,
     dy: Tensor,
 ) -> Gradients:
-    def like(t: Tensor) -> Tensor:
-        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
     dinsert = dt.new_empty(0, dtype=torch.float32) if insert is None else like(sums.transpose(1, 2))
     dD = sums.new_empty(()) if D is None else like(D)
     return like(x), like(B), like(C), dD, like(dt), sums.new_empty(4, x.shape[2]), dinsert
@@ -178,10 +175,7 @@ def _backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, .
     if not in_reach(dy):
         dy = dy.contiguous()
     dx, dB, dC, dD, ddt, per_head, dinsert = _window_backward(*tensors, *ctx.options, *kept, dy)
-    given = [
-        None if t is None else g.to(t.dtype)
-        for t, g in zip((rate, log_alpha, weight, bias), per_head, strict=True)
-    ]
+    given = of_numbers(per_head, (rate, log_alpha, weight, bias))
     return (
         dx, dB, dC, None if D is None else dD.to(D.dtype), None, ddt, *given,
         None if insert is None else dinsert, *[None] * 4,
