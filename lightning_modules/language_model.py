@@ -74,11 +74,15 @@ class LanguageModel(pl.LightningModule):
             self.context = Context(mesh.get_group("context"))
 
     def configure_model(self) -> None:
-        """Build the model once; initial weights depend on the seed alone."""
+        """Build the model once; initial weights depend on the seed alone.
+
+        On the CPU, whose generator is the same everywhere: a strategy's own device would draw other numbers.
+        """
         if "model" in self._modules:
             return
         torch.manual_seed(self.config.seed)
-        self.model = Mamba2LM(self.config.model)
+        with torch.device("cpu"):
+            self.model = Mamba2LM(self.config.model)
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.config.optim)

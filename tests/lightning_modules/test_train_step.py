@@ -122,6 +122,15 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_initial_weights_do_not_depend_on_the_device_that_a_strategy_builds_on() -> None:
+    modules = [LanguageModel(make_config()) for _ in range(2)]
+    modules[0].configure_model()
+    with torch.device("meta"):  # as Lightning's strategies do with their own device
+        modules[1].configure_model()
+    for one, other in zip(*(m.model.parameters() for m in modules), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_validation_metrics_against_plain_code() -> None:
     module = LanguageModel(make_config())
     module.configure_model()
