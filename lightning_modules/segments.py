@@ -1,9 +1,9 @@
 """Exact backpropagation through sequences of any length: read in segments, all but the last recomputed.
 
-Forward keeps ids and the state at each border, and of the last segment what its gradients need. Backward begins
-there: it takes the gradients of the segment's loss and of the state after it back to the state before it, lets
-everything go, reads the segment before once more, and so on. Peak memory is that of one segment; the gradients
-are those of one long forward pass, since states carry all that later tokens know of earlier ones.
+Forward keeps ids and the state at each border, and of the last segment what its gradients need. Backward
+begins there: it takes the gradients of the segment's loss and of the state after it back to the state before
+it, lets everything go, reads the segment before once more, and so on. Peak memory is that of one segment; the
+gradients are those of one long forward pass, since states carry all that later tokens know of earlier ones.
 
 To autograd this is one graph, walked once: a parameter's gradient is whole when its hooks run, so that DDP
 reduces it once a step.
