@@ -8,7 +8,8 @@ with exact gradients. Every contender takes the same path; a peer differs in wha
 
     mamba_ssm    in_proj, then the fused convolution, scan, gated norm and out_proj of state-spaces/mamba
 
-Share of peak: the model's FLOPs, those of recomputed segments not counted, over a large matrix product's.
+share: the model's FLOPs, those of recomputed segments not counted, over a large matrix product's. host: the
+part of a step after which all of it is launched; near 100% the device waits for the host.
 """
 
 import contextlib
@@ -65,13 +66,15 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """seconds: median of a step; peak_gib: weights, gradients and moments included; None: out of memory."""
+    """seconds: median of a step; host_seconds: until all of it is launched. peak_gib: weights, gradients and
+    moments included. None: out of memory."""
 
     system: str
     length: int
     rows: int
     segment: int | None
     seconds: float | None
+    host_seconds: float | None
     tokens_per_second: float | None
     peak_gib: float | None
     flops_per_second: float | None
@@ -87,7 +90,7 @@ def measure(config: BenchConfig) -> list[Row]:
             try:
                 measured.append(_measure(config, system, length))
             except torch.cuda.OutOfMemoryError:
-                measured.append(Row(system, length, *_split(config, length), None, None, None, None))
+                measured.append(Row(system, length, *_split(config, length), *[None] * 5))
             print(line(measured[-1]), flush=True)
     return measured
 
@@ -114,30 +117,30 @@ def _measure(config: BenchConfig, system: str, length: int) -> Row:
     ids = torch.randint(config.vocab_size, (rows, length + 1), device=device)
 
     def step() -> None:
+        start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
             losses, _ = segmented_losses(model, ids[:, :-1], ids[:, 1:], length=segment)
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        launched = time.perf_counter() - start
         if on_gpu:
             torch.cuda.synchronize()
+        times.append((time.perf_counter() - start, launched))
 
+    times: list[tuple[float, float]] = []
     with LAYERS[system]():
         step()
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        seconds = statistics.median(_seconds(step) for _ in range(config.rounds))
+        for _ in range(config.rounds):
+            step()
+    seconds, host = (statistics.median(column) for column in zip(*times[1:], strict=True))
     speed, peak = rows * length / seconds, peak_memory_mib(device) / 1024
     flops = 3 * flops_per_token(config.model())  # forward, backward as two
-    return Row(system, length, rows, segment, seconds, speed, peak, speed * flops)
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    return Row(system, length, rows, segment, seconds, host, speed, peak, speed * flops)
 
 
 @contextlib.contextmanager
@@ -180,19 +183,30 @@ def show(measured: Sequence[Row], product: float | None) -> None:
     from rich.table import Table
 
     table = Table(title="training step: forward, backward, clipping, AdamW")
-    for name in ("length", "rows", "segment", "system", "tokens/s", "TFLOP/s", "share", "GiB", "ours is"):
+    for name in (
+        "length",
+        "rows",
+        "segment",
+        "system",
+        "tokens/s",
+        "host",
+        "TFLOP/s",
+        "share",
+        "GiB",
+        "ours",
+    ):
         table.add_column(name, justify="left" if name == "system" else "right")
     ours = {row.length: row.tokens_per_second for row in measured if row.system == "ours"}
     for row in measured:
         cells = [f"{row.length:,}", str(row.rows), f"{row.segment:,}" if row.segment else "", row.system]
-        if row.tokens_per_second is None or row.flops_per_second is None:
+        if not row.seconds or not row.host_seconds or not row.tokens_per_second or not row.flops_per_second:
             table.add_row(*cells, "out of memory")
             continue
         share = f"{row.flops_per_second / product:.0%}" if product else ""
         own = ours[row.length]
         ratio = f"{own / row.tokens_per_second:.2f}x" if row.system != "ours" and own else ""
-        cells += [f"{row.tokens_per_second:,.0f}", f"{row.flops_per_second / 1e12:.1f}", share]
-        table.add_row(*cells, f"{row.peak_gib:.1f}", ratio)
+        cells += [f"{row.tokens_per_second:,.0f}", f"{row.host_seconds / row.seconds:.0%}"]
+        table.add_row(*cells, share, f"{row.peak_gib:.1f}", ratio)
     Console().print(table)
 
 
