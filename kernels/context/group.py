@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,10 +16,7 @@ OVERLAP_TOKENS = 2000
 class Context:
     """A sequence sharded over the ranks of `group`: rank r holds the r-th of `size` pieces of equal length.
 
-    Its methods stand in for the functions of the same names: the same arguments of this rank's piece, the
-    same results for it. States are the whole sequence's: `initial_state` before the first rank's first token,
-    the final state after the last rank's last. All ranks call everything together, in the same order, and so
-    do their backward passes.
+    All ranks call everything together, in the same order, and so do their backward passes.
 
     overlap: scan pieces from zero while summaries travel, and correct y afterwards; None: where that pays.
     bytes_sent: what this rank has handed to collectives, backward passes included.
@@ -37,16 +33,6 @@ class Context:
     @property
     def size(self) -> int:
         return self.group.size()
-
-    def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Any:
-        from kernels.context.conv import context_conv1d
-
-        return context_conv1d(self, x, weight, bias, **options)
-
-    def ssd_scan(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Any:
-        from kernels.context.scan import context_scan
-
-        return context_scan(self, x, dt, A, B, C, **options)
 
     def positions(self, position: Tensor, starts: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
         """Tokens since the row's document began, (B,): before this rank's piece and after the last piece.
