@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import ModelConfig
-from kernels.context import Context, context_conv1d, context_scan
+from kernels.context import Context
 from kernels.conv import causal_conv1d
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.norm import gated_rms_norm, rms_norm
@@ -86,7 +85,7 @@ class Mamba2(nn.Module):
         convolve: Callable[..., tuple[Tensor, Tensor]] = causal_conv1d
         scan = self.scan or ssd_scan
         if context is not None:
-            convolve, scan = partial(context_conv1d, context), partial(context_scan, context)
+            convolve, scan = context.causal_conv1d, context.ssd_scan
         z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.n_heads], dim=-1)
         xBC, conv_state = convolve(
             xBC,

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 
 from conf.fields import option, require, require_at_least
 from conf.load import from_command_line
@@ -203,13 +202,13 @@ def _seconds(config: ContextBenchConfig, length: int, context: object) -> tuple[
 def _step(config: ContextBenchConfig, length: int, context: object) -> None:
     import torch
 
-    from kernels.context import Context, context_conv1d, context_scan
+    from kernels.context import Context
     from kernels.conv import causal_conv1d
     from kernels.ssd import ssd_scan
 
     convolve, scan = causal_conv1d, ssd_scan
     if isinstance(context, Context):
-        convolve, scan = partial(context_conv1d, context), partial(context_scan, context)
+        convolve, scan = context.causal_conv1d, context.ssd_scan  # type: ignore[assignment]
     torch.manual_seed(0)
     heads, inner, state = config.heads, config.heads * config.headdim, config.d_state
     u = torch.randn(1, length, inner + 2 * state, requires_grad=True)

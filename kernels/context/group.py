@@ -1,4 +1,4 @@
-"""One rank's place in a context group, and all that its ranks say to each other."""
+"""One rank's place among those that share a sequence, and all that they say to each other."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ OVERLAP_TOKENS = 2000
 
 
 @dataclass
-class Context:
-    """A sequence sharded over the ranks of `group`: rank r holds the r-th of `size` pieces of equal length.
+class Ranks:
+    """The ranks of `group`: rank r holds the r-th of `size` pieces of equal length.
 
     All ranks call everything together, in the same order, and so do their backward passes.
 
@@ -33,22 +33,6 @@ class Context:
     @property
     def size(self) -> int:
         return self.group.size()
-
-    def positions(self, position: Tensor, starts: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-        """Tokens since the row's document began, (B,): before this rank's piece and after the last piece.
-
-        position: before the first piece. starts: (B, length) bool of this piece; all ranks have it or none.
-        """
-        if starts is None:
-            return position + self.rank * length, position + self.size * length
-        steps = torch.arange(length, device=starts.device)
-        last_start = torch.where(starts, steps, -1).amax(1)
-        own = torch.where(last_start >= 0, length - last_start, -1)  # since a start in the piece; -1: none
-        before = position
-        for rank, counted in enumerate(self.all_gather(own)):
-            before = position if rank == self.rank else before
-            position = torch.where(counted >= 0, counted, position + length)
-        return before, position
 
     def scans_before_merging(self, length: int) -> bool:
         """Whether to overlap the all-gather with the scan of a piece of `length` tokens."""

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.context import Context, bench, context_conv1d, context_scan
+from kernels.context import Context, bench
 from kernels.context.group import OVERLAP_TOKENS
 from kernels.conv import causal_conv1d
 from kernels.ssd import Mitigation, ssd_scan
@@ -109,7 +109,7 @@ def check_scan(context: Context, length: int, documents: str, rule: str, segment
     for *piece, of_piece in zip(*tokens, mine(context, starts, segments), strict=True):
         x, dt, B, C = piece
         before, seen = context.positions(seen, of_piece, x.shape[1])
-        part, state = context_scan(context, 
+        part, state = context.ssd_scan(
             x, dt, own["A"], B, C, D=own["D"], dt_bias=own["dt_bias"], initial_state=state,
             document_starts=of_piece, position=before, **common,
         )  # fmt: skip
@@ -141,8 +141,8 @@ def check_conv(context: Context, length: int, documents: str, segments: int) -> 
     own = fresh(leaves)
     state, outputs = own["initial_state"], []
     for x, of_piece in zip(mine(context, own["x"], segments), mine(context, starts, segments), strict=True):
-        part, state = context_conv1d(
-            context, x, own["weight"], own["bias"], initial_state=state, document_starts=of_piece
+        part, state = context.causal_conv1d(
+            x, own["weight"], own["bias"], initial_state=state, document_starts=of_piece
         )
         outputs.append(part)
     loss = (torch.cat(mine(context, weight, segments), 1) * torch.cat(outputs, 1)).sum()
@@ -176,8 +176,8 @@ def layer_bytes(context: Context, length: int) -> int:
     leaves = fresh(scan_leaves(length))
     state, channels = leaves.pop("initial_state"), 6
     x = torch.randn(BATCH, length, channels, requires_grad=True)
-    y, _ = context_conv1d(context, x, torch.randn(channels, WIDTH), None)
-    z, _ = context_scan(context, **leaves, initial_state=state, dt_softplus=True)
+    y, _ = context.causal_conv1d(x, torch.randn(channels, WIDTH), None)
+    z, _ = context.ssd_scan(**leaves, initial_state=state, dt_softplus=True)
     (y.sum() + z.sum()).backward()
     return context.bytes_sent - before
 
@@ -197,9 +197,9 @@ def check_refusals(context: Context) -> None:
         Mitigation("hard_reset", every=4, heads=(1,)): "document starts of their own",
     }.items():
         with pytest.raises(ValueError, match=reason):
-            context_scan(context, **leaves, dt_softplus=True, mitigation=mitigation)
+            context.ssd_scan(**leaves, dt_softplus=True, mitigation=mitigation)
     with pytest.raises(ValueError, match="at least d_conv - 1 = 3"):
-        context_conv1d(context, torch.randn(1, 2, 6), torch.randn(6, WIDTH), None)
+        context.causal_conv1d(torch.randn(1, 2, 6), torch.randn(6, WIDTH), None)
 
 
 def test_overlap_where_it_pays() -> None:
