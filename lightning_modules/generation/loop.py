@@ -98,7 +98,8 @@ class Generator:
         self.rules = for_layers(mitigation, model.config.n_layers)
         self.seeds = seeds or [config.seed + i for i in range(len(prompts))]
         self.on_tokens, self.on_read = on_tokens, on_read
-        self.state = _spread(state, len(prompts), self.rules.key)
+        self._before = _spread(state, len(prompts), self.rules.key)
+        self.state: ModelState | None = None
         check_prompts(prompts, model.config.vocab_size)
         if config.stop and tokenizer is None:
             raise ValueError(f"stop={config.stop}: needs a tokenizer, which turns tokens into text")
@@ -106,7 +107,7 @@ class Generator:
     def __iter__(self) -> Iterator[Piece]:
         # Not a decorator: the caller's code between two pieces keeps its own gradients.
         reader = Reader(self.model, self.rules, self.config.segment_length, self.on_tokens)
-        self.state, hidden = read_prompts(reader, self.prompts, self.state)
+        self.state, hidden = read_prompts(reader, self.prompts, self._before)
         self.on_read()
         if self.config.max_new_tokens == 0:
             with torch.inference_mode(False):

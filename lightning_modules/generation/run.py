@@ -130,7 +130,7 @@ def _read_document(
 
 
 def _training_of(config: GenerateConfig) -> TrainConfig | None:
-    """The config that the checkpoint was trained with; None for a model saved without, where none is needed."""
+    """The config that the checkpoint was trained with; None where it is unknown and not needed."""
     try:
         return load_config(config.checkpoint)
     except ValueError as error:

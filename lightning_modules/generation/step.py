@@ -110,7 +110,7 @@ def make_step(
     sampler: Sampler,
     cuda_graph: bool | None,
 ) -> Step:
-    """A graph on a GPU unless cuda_graph=false; an error, not the slower way, where one cannot be captured."""
+    """A graph on a GPU unless cuda_graph=false; where none can be captured an error, not the slower way."""
     on_gpu = state.position.is_cuda
     if cuda_graph and not on_gpu:
         raise ValueError("cuda_graph=True: needs a GPU; leave it out or use device=cuda")
