@@ -51,7 +51,7 @@ class GenerateConfig(DecodingConfig):
     checkpoint: str = option("", "run directory, checkpoint file or saved directory")
     prompt: list[str] = option([], "prompt=TEXT, taken as it stands; several times for several prompts")
     prompt_file: str | None = option(
-        None, "a text, before each prompt=TEXT if there are any; a .jsonl of prompts; - for standard input"
+        None, "a text, before each prompt=TEXT if there are any; a .jsonl of prompts; /dev/stdin"
     )
     tokenizer: str | None = option(
         None, "bytes, a tokenizer folder or hub name; none: what the checkpoint was trained with"

@@ -70,7 +70,6 @@ def random_tokens(seed: int, rows: int, vocab_size: int) -> Any:
     return source
 
 
-@torch.no_grad()
 def _time(step: Step, tokens: torch.Tensor, count: int) -> float:
     """Seconds that `count` tokens take, each chosen and read back before the next, as generation does."""
     active, uniforms = torch.ones(len(tokens), dtype=torch.bool), torch.zeros(len(tokens)).double()

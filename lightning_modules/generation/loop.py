@@ -81,14 +81,13 @@ class Generator:
         mitigation: AnyMitigation | None = None,
         seeds: list[int] | None = None,
         on_tokens: Callable[[int], None] = lambda _: None,
-        on_read: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             prompts: ids of each. state: of one row, for all prompts, or of a row each; None: from nothing.
             tokenizer: None: no text, no stop strings, no end of text.
             seeds: one a row; None: config.seed, config.seed + 1, ...
-            on_tokens: told how many were read. on_read: told when all have been.
+            on_tokens: told how many were read.
 
         Raises:
             ValueError: a prompt is empty or holds what is no id of the model; a state of another mitigation
@@ -97,7 +96,7 @@ class Generator:
         self.model, self.prompts, self.config, self.tokenizer = model, prompts, config, tokenizer
         self.rules = for_layers(mitigation, model.config.n_layers)
         self.seeds = seeds or [config.seed + i for i in range(len(prompts))]
-        self.on_tokens, self.on_read = on_tokens, on_read
+        self.on_tokens = on_tokens
         self._before = _spread(state, len(prompts), self.rules.key)
         self.state: ModelState | None = None
         check_prompts(prompts, model.config.vocab_size)
@@ -105,16 +104,13 @@ class Generator:
             raise ValueError(f"stop={config.stop}: needs a tokenizer, which turns tokens into text")
 
     def __iter__(self) -> Iterator[Piece]:
-        # Not a decorator: the caller's code between two pieces keeps its own gradients.
         reader = Reader(self.model, self.rules, self.config.segment_length, self.on_tokens)
         self.state, hidden = read_prompts(reader, self.prompts, self._before)
-        self.on_read()
         if self.config.max_new_tokens == 0:
             with torch.inference_mode(False):
                 self.state = self.state.with_tensors(t.clone() for t in self.state.tensors())
             return
-        with torch.no_grad():
-            step, chosen, uniforms = self._first(hidden)
+        step, chosen, uniforms = self._first(hidden)
         self.state = step.state
         rows = [_Progress(self.config, self.tokenizer) for _ in self.prompts]
         while any(row.finish is None for row in rows):
@@ -128,8 +124,7 @@ class Generator:
                     fed[index] = row.finish != "end"
             if not fed.any():
                 break
-            with torch.no_grad():
-                chosen = step(torch.tensor(tokens).clamp(min=0), fed, uniforms.next())
+            chosen = step(torch.tensor(tokens).clamp(min=0), fed, uniforms.next())
 
     def _first(self, hidden: Tensor) -> tuple[Step, Tensor, Uniforms]:
         limit = self.model.config.vocab_size

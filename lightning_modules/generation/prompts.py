@@ -1,7 +1,6 @@
 """The texts that a command is to read, from its line and from files. Imports no torch."""
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +46,7 @@ def read_texts(config: GenerateConfig) -> Prompts:
 
 def _text(name: str) -> str:
     try:
-        contents = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return contents.decode("utf-8")
+        return Path(name).read_bytes().decode("utf-8")
     except OSError as error:
         raise ValueError(f"prompt_file={name}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:

@@ -53,6 +53,7 @@ class Step:
         with torch.inference_mode(False):
             self.state = state.with_tensors(t.clone() for t in state.tensors())
 
+    @torch.no_grad()
     def choose(self, hidden: Tensor, uniforms: Tensor) -> Tensor:
         """Tokens (B,) behind final hidden states (B, d_model)."""
         logits = F.linear(hidden, self.model.lm_head.weight)
@@ -63,6 +64,7 @@ class Step:
         device = self.state.position.device
         return self._run(ids.to(device), None if bool(active.all()) else active.to(device), uniforms)
 
+    @torch.no_grad()
     def _run(self, ids: Tensor, active: Tensor | None, uniforms: Tensor) -> Tensor:
         hidden, after = self.model.hidden(
             ids[:, None], self.state, mitigation=self.mitigation, context=OneToken(active)
