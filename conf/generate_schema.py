@@ -74,6 +74,10 @@ class GenerateConfig(DecodingConfig):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be at least 1")
         self.mitigation.require_single()
+        calibrated = self.mitigation.name == "token_filter" and self.mitigation.calibration is not None
+        known = not calibrated or self.mitigation.length is not None
+        remedy = "calibrated thresholds depend on the number of tokens, prompt and text together; give it"
+        require(known, "mitigation.length", None, remedy)
         kept = self.max_new_tokens > 0 or self.save_state is not None
         require(kept, "max_new_tokens", 0, "makes nothing; give save_state=PATH to keep what was read")
 

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from itertools import islice
 
 import torch
@@ -176,7 +177,8 @@ def _mitigation(config: GenerateConfig, trained: TrainConfig | None, model: Mamb
             threads=config.threads,
             mitigation=mitigation,
         )
-        mitigation = settle_calibration(mitigation, measured, trained, model)
+        with redirect_stdout(sys.stderr):  # it may have to calibrate, and tells of that
+            mitigation = settle_calibration(mitigation, measured, trained, model)
     return build_mitigation(mitigation, model.config)
 
 

@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from conf.generate_schema import GenerateConfig
 from conf.load import parse
 from conf.schema import TrainConfig
 from lightning_modules.backbone import Mamba2LM
@@ -147,6 +151,32 @@ def test_a_mitigation_changes_what_is_made(
         states.append(path.read_bytes())
     assert states[0] != states[1]
     assert mitigation[0].removeprefix("name=").encode() in states[1]
+
+
+def test_a_calibrated_mitigation_leaves_the_output_clean(
+    capsys: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(checkpoint, tmp_path / "run"))
+    given = ("prompt=ab", "max_new_tokens=3", "mitigation.calibration=auto", "mitigation.name=state_norm")
+    out = call(capsys, own, *given, "mitigation.every=4")
+    assert len(out) <= 4
+    assert (own / "calibration-state_norm.json").is_file()
+    message = refusal(
+        capsys, f"checkpoint={own}", *given[:2], "mitigation.name=token_filter", "mitigation.calibration=auto"
+    )
+    assert message.startswith("mitigation.length=None: calibrated thresholds depend on")
+
+
+def test_the_documentation_holds(checkpoint: Path, tmp_path: Path) -> None:
+    """Its commands are ones that the config takes, its Python runs."""
+    text = (ROOT / "docs" / "generation.md").read_text()
+    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
+        for line in block.splitlines():
+            assert parse(GenerateConfig, [w for w in shlex.split(line)[3:] if not w.startswith("prompt=")])
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(snippet.replace("runs/demo", str(checkpoint)), names)
+    assert len(names["again"].texts) == 2
 
 
 def test_prompts_from_files_and_standard_input(capsys: Any, checkpoint: Path, tmp_path: Path) -> None:
