@@ -11,10 +11,9 @@ from kernels.conv import causal_conv1d
 from kernels.ssd import ssd_token
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.generation.sampling import Sampler
+from lightning_modules.graphs import capture
 from lightning_modules.mitigations import LayerMitigations
 from lightning_modules.state import ModelState
-
-WARM_UP = 3  # steps before a capture: kernels are compiled and tuned, buffers allocated
 
 
 @dataclass(frozen=True)
@@ -86,15 +85,8 @@ class CapturedStep(Step):
         self._active = torch.zeros(rows, dtype=torch.bool, device=device)
         self._uniforms = torch.zeros(rows, dtype=torch.float64, device=device)
         with torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):  # no row is active: the state stays as it is
-                    self._run(self._ids, self._active, self._uniforms)
-            torch.cuda.current_stream().wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._chosen = self._run(self._ids, self._active, self._uniforms)
+            # No row is active: the state stays as it is.
+            self._graph, self._chosen = capture(lambda: self._run(self._ids, self._active, self._uniforms))
 
     def __call__(self, ids: Tensor, active: Tensor, uniforms: Tensor) -> Tensor:
         for static, value in zip(
