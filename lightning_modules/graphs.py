@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_modules.run_dir import RunError
 from lightning_modules.state import ModelState
 
 WARM_UP = 3  # eager calls before a capture: kernels are compiled and tuned, buffers allocated
@@ -93,7 +94,15 @@ class _Captured:
             gradients = torch.autograd.grad(loss, graphed.parameters)
             return loss.detach(), final.detach(), gradients
 
-        self.graph, (self.loss, self.final, self.gradients) = capture(compute, pool)
+        try:
+            self.graph, (self.loss, self.final, self.gradients) = capture(compute, pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # something in it waits for the device
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(
+                f"trainer.cuda_graphs=true: cannot be captured ({reason}); leave it out"
+            ) from error
 
     def replay(self, batch: Batch, state: ModelState | None) -> None:
         self.inputs.fill(batch, state)
