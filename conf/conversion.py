@@ -19,10 +19,12 @@ class ConvertConfig:
     max_shard_size: str = option("5GB", "layout=hf: largest file of weights, e.g. 500MB")
     parity_tokens: int = option(64, "tokens of each of two rows on which logits are compared; 0: none")
     evaluation: str | None = option(
-        None, "layout=hf: evaluation.json, or its directory, for the model card; none: newest beside the source"
+        None,
+        "layout=hf: evaluation.json, or its directory, for the model card; none: newest beside the source",
     )
     diagnosis: str | None = option(
-        None, "layout=hf: diagnosis.json, or its directory, for the model card; none: newest beside the source"
+        None,
+        "layout=hf: diagnosis.json, or its directory, for the model card; none: newest beside the source",
     )
     print_config: bool = option(False, "print the resolved config and stop")
 

@@ -84,16 +84,20 @@ def load_config(path: str | Path) -> TrainConfig:
 
     Raises ValueError (one line) where `path` cannot be read, or holds a model saved without one.
     """
+    config = find_config(path)
+    if config is None:
+        raise ValueError(f"{path}: saved without its training config: use save_model(model, path, config)")
+    return config
+
+
+def find_config(path: str | Path) -> TrainConfig | None:
+    """`load_config`, or None of a model published or saved without one."""
     path = Path(path)
     if is_published(path):
-        raise ValueError(f"{path}: a published model holds no training config")
+        return None
     if (path / WEIGHTS).is_file():
         saved = _saved_config(path)
-        if "data" not in saved:
-            raise ValueError(
-                f"{path}: saved without its training config: use save_model(model, path, config)"
-            )
-        return from_dict(TrainConfig, saved)
+        return from_dict(TrainConfig, saved) if "data" in saved else None
     return from_dict(TrainConfig, _load_checkpoint(path)["config"])
 
 

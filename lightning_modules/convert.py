@@ -24,7 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors(), Termination():
         from lightning_modules.conversion.run import convert  # imports torch: only for a config that holds
 
-        convert(config)
+        files = convert(config)["files"]
+        print(f"{config.target}: {', '.join(files)}, parity.json")
 
 
 if __name__ == "__main__":

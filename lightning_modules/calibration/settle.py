@@ -35,7 +35,7 @@ def settle_calibration(
         path = beside(measured.checkpoint, config.name)
         with _alone_in(path.parent):
             if not holds(measured.checkpoint, config.name, model):
-                shared = ("checkpoint", "device", "threads", "segment")
+                shared = ("checkpoint", "device", "threads", "segment", "data")
                 own: dict[str, Any] = {name: getattr(measured, name) for name in shared}
                 own["mitigation.name"] = config.name
                 calibrate(parse(CalibrateConfig, [own]))

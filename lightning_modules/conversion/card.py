@@ -32,7 +32,8 @@ def write_card(
     """Raises ValueError (one line) where a file that was named cannot be read."""
     run = _run_of(source)
     files = {
-        kind: _given(getattr(config, kind), kind) or _newest(run, kind) for kind in ("evaluation", "diagnosis")
+        kind: _given(getattr(config, kind), kind) or _newest(run, kind)
+        for kind in ("evaluation", "diagnosis")
     }
     trained = _read(run / "result.json") if (run / "result.json").is_file() else {}
     (folder / "README.md").write_text(
@@ -70,8 +71,8 @@ def card(
         "## State size",
         "",
         f"N_S = {ssm + conv:,} numbers a sequence, whatever its length: {ssm:,} in SSM states "
-        f"({model.n_layers} layers x {model.n_heads} heads x {model.headdim} x {model.d_state}), {conv:,} in the "
-        "convolutions' last inputs.",
+        f"({model.n_layers} layers x {model.n_heads} heads x {model.headdim} x {model.d_state}), {conv:,} in "
+        "the convolutions' last inputs.",
         "",
         "## Collapse position",
         "",
@@ -90,10 +91,11 @@ def card(
 
 def _usage(report: dict[str, Any]) -> Iterator[str]:
     yield "```python"
-    yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    has_tokenizer = report["tokenizer"] != "none known"
+    yield f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if has_tokenizer else ''}"
     yield ""
     yield 'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")'
-    if report["tokenizer"] != "none known":
+    if has_tokenizer:
         yield 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
     yield "```"
 
@@ -136,7 +138,8 @@ def _collapse(evaluation: dict[str, Any], diagnosis: dict[str, Any]) -> Iterator
         elif found["collapse_length"] is None:
             yield f"No collapse among the lengths evaluated, to {furthest:,} tokens."
         else:
-            yield f"Among the lengths evaluated, recent needles are lost from **{found['collapse_length']:,} tokens**."
+            where = f"**{found['collapse_length']:,} tokens**"
+            yield f"Among the lengths evaluated, recent needles are lost from {where}."
     else:
         yield f"{UNKNOWN.capitalize()}."
 
@@ -146,10 +149,10 @@ def _passkey(evaluation: dict[str, Any]) -> Iterator[str]:
     if not passkey:
         yield f"{UNKNOWN.capitalize()}."
         return
-    under = describe_mitigation(evaluation["mitigation"])
+    under, window = describe_mitigation(evaluation["mitigation"]), evaluation["recent_window"]
     yield (
-        f"Exact match with 95% intervals{f', under {under}' if under else ''}. Recent: the needle lies within the "
-        f"last {evaluation['recent_window']:,} tokens."
+        f"Exact match with 95% intervals{f', under {under}' if under else ''}. Recent: the needle lies "
+        f"within the last {window:,} tokens."
     )
     yield ""
     yield "| tokens | recent needles | needles at all depths |"
@@ -172,8 +175,8 @@ def _parity(report: dict[str, Any]) -> Iterator[str]:
         yield f"Logits: {UNKNOWN}."
     for found in report["comparisons"]:
         yield (
-            f"On {rows} x {length} fixed tokens in fp32, logits of {found['first']} and of {found['second']} differ "
-            f"by at most {found['max_difference']:.3g} (largest logit {found['largest_logit']:.3g})."
+            f"On {rows} x {length} fixed tokens in fp32, logits of {found['first']} and of {found['second']} "
+            f"differ by at most {found['max_difference']:.3g} (largest logit {found['largest_logit']:.3g})."
         )
 
 
@@ -195,7 +198,11 @@ def _given(path: str | None, kind: str) -> Path | None:
 
 def _newest(run: Path, kind: str) -> Path | None:
     """Of the measurements of this run, inside it or beside it."""
-    found = [file for file in (*run.glob(f"*/{kind}.json"), *run.parent.glob(f"*/{kind}.json")) if _is_of(run, file)]
+    found = [
+        file
+        for file in (*run.glob(f"*/{kind}.json"), *run.parent.glob(f"*/{kind}.json"))
+        if _is_of(run, file)
+    ]
     return max(found, key=lambda file: file.stat().st_mtime, default=None)
 
 

@@ -54,9 +54,7 @@ def read(folder: Path) -> Parameters:
             )
     for name, value in FIXED.items():
         if config.get(name, value) != value:
-            raise ValueError(
-                f"{file}: {name}={config[name]}: our Mamba-2 has {value} there and nothing else"
-            )
+            raise ValueError(f"{file}: {name}={config[name]}: our Mamba-2 has {value} there and nothing else")
     settings = {ours: config[theirs] for theirs, ours in REQUIRED.items()}
     settings |= {ours: _value(config.get(theirs, default)) for theirs, (ours, default) in OPTIONAL.items()}
     if not is_power_of_two(settings["chunk_size"]) or settings["chunk_size"] < 16:
@@ -81,7 +79,10 @@ def require_expressible(config: ModelConfig) -> None:
 
 
 def write(
-    parameters: Parameters, folder: Path, max_shard_size: str, special_ids: dict[str, int | None] | None = None
+    parameters: Parameters,
+    folder: Path,
+    max_shard_size: str,
+    special_ids: dict[str, int | None] | None = None,
 ) -> list[str]:
     """Into an existing directory; returns the names of the files of weights.
 

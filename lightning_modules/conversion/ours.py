@@ -1,7 +1,7 @@
 """Our own layouts: a run directory, a .ckpt, a directory by save_model, and consolidated DeepSpeed weights.
 
-DeepSpeed's `zero_to_fp32.py` leaves weights alone, under the names of whatever wrapped the model. Their config
-is the nearest config.yaml: beside them or in one of the two directories above, where a run keeps it.
+DeepSpeed's `zero_to_fp32.py` leaves weights alone, under the names of whatever wrapped the model. Their
+config is the nearest config.yaml: beside them or in one of the two directories above, where a run keeps it.
 """
 
 from pathlib import Path
@@ -46,17 +46,14 @@ def write(parameters: Parameters, folder: Path, max_shard_size: str) -> list[str
 
 
 def _read_saved(path: Path) -> tuple[dict[str, Any], Weights, TrainConfig | None]:
-    config, weights = checkpoints.read_model(path)
-    try:
-        return config, weights, checkpoints.load_config(path)
-    except ValueError:
-        return config, weights, None  # saved without it
+    return *checkpoints.read_model(path), checkpoints.find_config(path)
 
 
 def _read_consolidated(path: Path) -> tuple[dict[str, Any], Weights, TrainConfig | None] | None:
     """None where `path` is a checkpoint that `load_model` reads as it is."""
     if path.is_dir():
-        if not has_weights(path) or (path / checkpoints.WEIGHTS).is_file() and (path / "config.yaml").is_file():
+        saved = (path / checkpoints.WEIGHTS).is_file() and (path / "config.yaml").is_file()
+        if saved or not has_weights(path):
             return None
         weights = read_weights_of(path)
     elif path.suffix in (".ckpt", ".safetensors", ".bin", ".pt", ".pth"):
@@ -69,9 +66,13 @@ def _read_consolidated(path: Path) -> tuple[dict[str, Any], Weights, TrainConfig
     folder = path if path.is_dir() else path.parent
     for place in (folder, folder.parent, folder.parent.parent):
         if (place / "config.yaml").is_file():
-            saved: Any = OmegaConf.to_container(OmegaConf.load(place / "config.yaml"))
-            trained = from_dict(TrainConfig, saved) if "data" in saved else None
-            return saved.get("model", {}), {_unwrapped(name): value for name, value in weights.items()}, trained
+            held: Any = OmegaConf.to_container(OmegaConf.load(place / "config.yaml"))
+            trained = from_dict(TrainConfig, held) if "data" in held else None
+            return (
+                held.get("model", {}),
+                {_unwrapped(name): value for name, value in weights.items()},
+                trained,
+            )
     raise ValueError(f"{path}: weights without a config: put the run's config.yaml beside them")
 
 

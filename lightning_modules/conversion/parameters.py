@@ -47,7 +47,7 @@ class Parameters:
         for name in sorted(self.weights):
             value = self.weights[name].contiguous()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def model(self, dtype: torch.dtype = torch.float32) -> Mamba2LM:
@@ -84,10 +84,18 @@ def checked(
     Raises ValueError (one line) naming what is missing, unknown, of another shape, not finite or not tied.
     """
     expected = _shapes(config)
-    _require_none("has no parameter {}: it is incomplete or of another architecture", source, named,
-                  [name for name in expected if name not in weights and not _is_tied(config, name)])
-    _require_none("holds {}, for which Mamba-2 of this config has no place", source, named,
-                  [name for name in weights if name not in expected])
+    _require_none(
+        "has no parameter {}: it is incomplete or of another architecture",
+        source,
+        named,
+        [name for name in expected if name not in weights and not _is_tied(config, name)],
+    )
+    _require_none(
+        "holds {}, for which Mamba-2 of this config has no place",
+        source,
+        named,
+        [name for name in weights if name not in expected],
+    )
     for name, value in weights.items():
         if tuple(value.shape) != expected[name]:
             raise ValueError(
@@ -124,14 +132,18 @@ def _require_none(message: str, source: object, named: Callable[[str], str], nam
 
 def _require_finite(value: Tensor, source: object, name: str) -> None:
     if not value.is_floating_point():
-        raise ValueError(f"{source}: {name} is {value.dtype}, not floating point: quantised weights do not convert")
+        raise ValueError(
+            f"{source}: {name} is {value.dtype}, not floating point: quantised weights do not convert"
+        )
     if bool(value.isfinite().all()):
         return
     where = (~value.isfinite()).reshape(-1).nonzero()[:, 0].tolist()
     found = value.reshape(-1)[where[0]].item()
     if name.endswith("A_log"):
         raise ValueError(
-            f"{source}: {name} is {found} in {str(value.dtype)[6:]} at heads {where[:8]}: their decay was lost "
-            "when it was cast; use a copy saved in float32 or bfloat16"
+            f"{source}: {name} is {found} in {str(value.dtype)[6:]} at heads {where[:8]}: their decay was "
+            "lost when it was cast; use a copy saved in float32 or bfloat16"
         )
-    raise ValueError(f"{source}: {name} is {found} at {len(where)} places, first {where[0]}: use another copy")
+    raise ValueError(
+        f"{source}: {name} is {found} at {len(where)} places, first {where[0]}: use another copy"
+    )

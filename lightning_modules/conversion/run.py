@@ -1,11 +1,9 @@
 """One conversion from config to directory: read, check, write, read again, compare, move into place."""
 
-import json
 import os
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +46,7 @@ def convert(config: ConvertConfig, say: Callable[[str], None] = print) -> dict[s
         raise ValueError(f"target={target}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    say(_summary(report, target))
+    say(_summary(report))
     return report
 
 
@@ -69,7 +67,7 @@ def _write(
         "source_layout": source_layout,
         "target_layout": config.layout,
         "notes": parameters.notes,
-        "model": {name: value for name, value in flatten(parameters.config).items()},
+        "model": flatten(parameters.config),
         "parameters": sum(value.numel() for value in parameters.weights.values()),
         "tensors": len(parameters.weights),
         "dtypes": sorted({str(value.dtype)[6:] for value in parameters.weights.values()}),
@@ -83,6 +81,8 @@ def _write(
     if config.layout == "hf":
         write_card(config, source, parameters, report, place)
     (place / "parity.json").write_text(to_json(report))
+    for name in files:  # safetensors writes files that nobody else may read
+        (place / name).chmod((place / "parity.json").stat().st_mode)
     return report
 
 
@@ -131,7 +131,7 @@ def _make_room(target: Path, parameters: Parameters) -> Path:
     return place
 
 
-def _summary(report: dict[str, Any], target: Path) -> str:
+def _summary(report: dict[str, Any]) -> str:
     lines = [
         f"{report['source_layout']} -> {report['target_layout']}: {report['tensors']} tensors, "
         f"{report['parameters']:,} parameters, {', '.join(report['dtypes'])}",
@@ -146,4 +146,4 @@ def _summary(report: dict[str, Any], target: Path) -> str:
             f"  {found['first']} and {found['second']}: largest difference {found['max_difference']:.3g} "
             f"(largest logit {found['largest_logit']:.3g})"
         )
-    return "\n".join([*lines, f"{target}: {', '.join(report['files'])}, parity.json"])
+    return "\n".join(lines)

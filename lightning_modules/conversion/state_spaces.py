@@ -31,7 +31,14 @@ SSM: dict[str, tuple[str, Any]] = {  # their name -> ours, and the default of ma
 FIXED_SSM = {"rmsnorm": True, "bias": False, "conv_bias": True, "d_ssm": None}
 FIXED = {"rms_norm": True, "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}}
 WITHOUT_EFFECT = {"conv_init", "use_mem_eff_path", "layer", "sequence_parallel"}
-OTHERS = {"residual_in_fp32", "fused_add_norm", "architectures", "torch_dtype", "dtype", "transformers_version"}
+OTHERS = {
+    "residual_in_fp32",
+    "fused_add_norm",
+    "architectures",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+}
 REQUIRED = ("d_model", "n_layer", "vocab_size")
 NORM_EPS = 1e-5  # theirs has no field for it
 PAD = 16
@@ -58,8 +65,8 @@ def read(folder: Path) -> Parameters:
         rows = tokens  # never padded
     elif rows != tokens:
         notes.append(
-            f"vocabulary: {tokens} tokens padded to {rows} rows (pad_vocab_size_multiple={multiple}): the last "
-            f"{rows - tokens} are no token's"
+            f"vocabulary: {tokens} tokens padded to {rows} rows (pad_vocab_size_multiple={multiple}): the "
+            f"last {rows - tokens} are no token's"
         )
     settings = {ours: _plain(ssm.get(theirs, default)) for theirs, (ours, default) in SSM.items()}
     settings |= {"d_model": config["d_model"], "n_layers": config["n_layer"], "vocab_size": rows}

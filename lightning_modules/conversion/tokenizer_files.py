@@ -61,6 +61,6 @@ def _write_bytes(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": letters[0]}
-    settings |= {"clean_up_tokenization_spaces": False}
+    settings: dict[str, str | bool] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": letters[0]}
+    settings["clean_up_tokenization_spaces"] = False
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

@@ -2,12 +2,12 @@
 
 import json
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -50,13 +50,15 @@ def read_contents(file: Path) -> dict[str, Any]:
             return load_file(file)
         # Mapped, so that a model is never in memory twice; only archives can be.
         mapped = zipfile.is_zipfile(file)
-        contents = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that it then refuses
+            contents = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None)
     except pickle.UnpicklingError as error:
         if "eights" not in str(error):  # torch's advice on weights_only, where a pickle wants to run code
             raise _damaged(file, error) from None
         raise ValueError(
-            f"{file}: holds more than tensors, which only running its code would read: save it as safetensors "
-            "where you trust it"
+            f"{file}: holds more than tensors, which only running its code would read: where you trust it, "
+            "save it as safetensors"
         ) from None
     # Damage shows as almost any error: a bad archive, a short read, a missing record.
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -68,6 +70,8 @@ def read_contents(file: Path) -> dict[str, Any]:
 
 def write_safetensors(weights: Weights, folder: Path, max_shard_size: str) -> list[str]:
     """model.safetensors, or shards of at most `max_shard_size` and their index; returns the files' names."""
+    from huggingface_hub import split_torch_state_dict_into_shards  # imported here: training needs none of it
+
     weights = {name: value.contiguous() for name, value in weights.items()}
     plan = split_torch_state_dict_into_shards(weights, max_shard_size=max_shard_size)
     for file, names in plan.filename_to_tensors.items():

@@ -19,7 +19,7 @@ from conf.schema import DiagnoseConfig, TrainConfig
 from data.tokenizers import Tokenizer
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.settle import settle_calibration
-from lightning_modules.checkpoints import load_config, load_model
+from lightning_modules.checkpoints import load_model
 from lightning_modules.diagnosis.conclusion import collapse_metrics, judge_loss, judge_needles
 from lightning_modules.diagnosis.figures import draw_figures
 from lightning_modules.diagnosis.findings import findings
@@ -51,6 +51,7 @@ from lightning_modules.measuring import (
     show_progress,
     to_json,
     tokenizer_of,
+    trained_config,
     write_output,
 )
 from lightning_modules.memory import peak_memory_mib
@@ -74,7 +75,7 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
-    trained = load_config(config.checkpoint)
+    trained = trained_config(config)
     model = load_model(config.checkpoint, device=device)
     config = replace(config, mitigation=settle_calibration(config.mitigation, config, trained, model))
 

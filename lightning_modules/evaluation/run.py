@@ -14,7 +14,7 @@ from conf.mitigation import changed_settings
 from conf.schema import EvaluateConfig, MeasureConfig, TrainConfig
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.settle import settle_calibration
-from lightning_modules.checkpoints import load_config, load_model
+from lightning_modules.checkpoints import load_model
 from lightning_modules.evaluation.conclusion import conclude, exact_by_length, metrics
 from lightning_modules.evaluation.report import accuracy_table, draw_figures, print_summary
 from lightning_modules.evaluation.states import StatesSuite, plan_states, state_metrics
@@ -30,6 +30,7 @@ from lightning_modules.measuring import (
     show_progress,
     to_json,
     tokenizer_of,
+    trained_config,
     write_output,
 )
 from lightning_modules.memory import peak_memory_mib
@@ -52,7 +53,7 @@ class Subject:
         """Raises ValueError (one line) where the checkpoint or the device cannot be used."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        device, trained = choose_device(config.device), load_config(config.checkpoint)
+        device, trained = choose_device(config.device), trained_config(config)
         return cls(load_model(config.checkpoint, device=device), trained, device)
 
 
