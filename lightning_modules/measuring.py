@@ -15,10 +15,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from conf.calibrate_schema import CalibrateConfig
 from conf.load import flatten, from_dict
-from conf.schema import MeasureConfig, TrainConfig
+from conf.schema import DataConfig, MeasureConfig, TrainConfig
 from data.tokenizers import Tokenizer, load_tokenizer
 from lightning_modules.checkpoints import find_config, list_checkpoints, read_model
 from lightning_modules.conversion.tokenizer_files import has_tokenizer
+from lightning_modules.guests.load import guest_config, is_guest
 from lightning_modules.run_dir import write_text
 
 # Settings that leave the measurements as they are, rounding aside.
@@ -55,7 +56,15 @@ def trained_config(config: MeasureConfig | CalibrateConfig) -> TrainConfig:
                 f"checkpoint={checkpoint}: holds no training config: say what it was trained with, e.g. "
                 f"data.{name}={example}"
             )
-    return from_dict(TrainConfig, {"model": read_model(checkpoint)[0], "data": settings})
+    if not is_guest(checkpoint):
+        return from_dict(TrainConfig, {"model": read_model(checkpoint)[0], "data": settings})
+    shape = guest_config(checkpoint)
+    if config.mitigation.name != "none":
+        raise ValueError(
+            f"mitigation.name={config.mitigation.name}: acts in our own scan, and {checkpoint} is a "
+            f"{shape.family}: measure it without"
+        )
+    return TrainConfig(model=shape, data=from_dict(DataConfig, settings))
 
 
 def tokenizer_of(config: MeasureConfig | CalibrateConfig, trained: TrainConfig) -> Tokenizer:
