@@ -187,7 +187,11 @@ def test_mamba2_as_a_guest_measures_what_our_own_model_does(tmp_path: Path, ids:
 
 
 @pytest.mark.parametrize("name", ["mamba", "rwkv", "qwen3_next"])
-def test_the_commands_take_a_guest(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_commands_take_a_guest(
+    name: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name != "mamba":  # they take most of the time
+        monkeypatch.setattr("lightning_modules.diagnosis.run.draw_figures", lambda *_: [])
     line = [f"checkpoint={folders[name]}", UNTRACKED, "data.tokenizer=bytes", "data.train_length=128"]
     line += ["data.name=passkey"]
     few = ["passkey.prompts=2", "passkey.depths=1", "suites=[passkey,loss,states]", "states.length=256"]
