@@ -25,12 +25,14 @@ FAMILIES: dict[str, type[Family]] = {
 
 
 def is_guest(path: str | Path) -> bool:
-    """Whether `path` holds a model of a family that is not our own; Mamba-2 in any layout is."""
+    """Whether `path` holds what our own model cannot be: another family, or Mamba-2 with other biases."""
     path = Path(path)
     if not is_published(path):
         return False
-    kind = read_json(path / "config.json").get("model_type")
-    return kind in FAMILIES and kind != "mamba2"
+    config = read_json(path / "config.json")
+    kind = config.get("model_type")
+    ours = not config.get("use_bias", False) and config.get("use_conv_bias", True)
+    return kind in FAMILIES and not (kind == "mamba2" and ours)
 
 
 def guest_config(path: str | Path) -> GuestConfig:

@@ -186,7 +186,7 @@ def test_mamba2_as_a_guest_measures_what_our_own_model_does(tmp_path: Path, ids:
         assert np.allclose(values, taken[1][name], rtol=1e-3, atol=1e-4), name
 
 
-@pytest.mark.parametrize("name", ["mamba", "rwkv", "qwen3_next"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "rwkv", "qwen3_next"])
 def test_the_commands_take_a_guest(
     name: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
