@@ -479,13 +479,16 @@ class StatesEvalConfig:
 class MeasureConfig:
     """What every command that measures one checkpoint takes."""
 
-    checkpoint: str = option("", "run directory or checkpoint file")
+    checkpoint: str = option("", "run directory, checkpoint file, or directory of a published model")
     run_dir: str | None = option(None, "where results go; none: a new directory under runs/")
     seed: int = option(1, "seed of the prompts")
     print_config: bool = option(False, "print the resolved config and stop")
     segment: int = option(4096, "tokens per forward pass, over all rows: memory grows with it alone")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "device")
     threads: int | None = option(None, "CPU threads; none: all cores")
+    data: dict[str, Any] = option(
+        {}, "of a checkpoint without a training config: data.train_length=N data.tokenizer=... as in train"
+    )
     mitigation: MitigationConfig = section(MitigationConfig)
     tracking: TrackingConfig = section(TrackingConfig)
 
