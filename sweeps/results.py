@@ -35,7 +35,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One finished trial with its passkey evaluation (empty where another suite was run)."""
+    """One finished trial with its passkey evaluation (empty where another suite was run) and its losses."""
 
     number: int
     run_dir: Path
@@ -50,6 +50,7 @@ class Measured:
     recent: dict[int, Share]
     recall: dict[int, Share]
     conclusion: dict[str, Any]
+    loss: dict[str, Any] | None = None  # by position, as evaluation.json has it
 
     @property
     def in_length(self) -> float | None:
@@ -270,6 +271,7 @@ def _read(run_dir: Path, study: Study, trial: FrozenTrial) -> Measured:
         recent=_shares(passkey.get("recent", [])),
         recall=_shares(passkey.get("recall_by_length", [])),
         conclusion=evaluation["conclusion"],
+        loss=evaluation.get("loss"),
     )
 
 
