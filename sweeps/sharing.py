@@ -7,11 +7,13 @@ start. While a shorter relative is still open, the longer one waits for it.
 """
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -78,11 +80,22 @@ def find_shared(store: Store, study: Study, trial: Any) -> Shared | None:
             reasons.append(f"{name}: its learning rate has no stable phase (optim.decay_fraction)")
         elif not stable.exists() or result is None:
             reasons.append(f"{name}: left no stable.ckpt")
+        elif not is_whole(stable):
+            reasons.append(f"{name}: its stable.ckpt is damaged")
         elif found is None or steps > found.steps:
             found = Shared(path=stable, steps=steps, why=f"continues {name} from step {steps}")
     if found is None and reasons:
         return Shared(path=None, steps=0, why=f"begins anew: {'; '.join(reasons)}")
     return found
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every part of the file is there and has its checksum."""
+    try:
+        with ZipFile(checkpoint) as file:
+            return file.testzip() is None
+    except (OSError, BadZipFile, zlib.error):
+        return False
 
 
 def _is_shorter(other: FrozenTrial, trial: Any) -> bool:

@@ -22,7 +22,7 @@ from sweeps.identity import identity_of, mlflow_run_id, tags_of, write_identity
 from sweeps.pruning import GROUP, Follower, group_of, tokens_per_step
 from sweeps.samplers import point_of
 from sweeps.side_by_side import train_together
-from sweeps.steps import Steps, TrialFailed, ended
+from sweeps.steps import Steps, TrialFailed, ended, set_aside_damaged
 
 BEAT_SECONDS = 5.0
 
@@ -122,7 +122,9 @@ class _Run:
         )
         self._keep_result_with_its_model()
         environment = {}
-        overrides = [f"continue_from={shared.path}"] if shared else []
+        # Said either way: the config of an earlier start may name a checkpoint that is damaged since.
+        begins = f"continue_from={shared.path if shared else 'null'}"
+        overrides = [begins] if sharing.has_lengths(self.config) else []
         if stage.pruner.name != "none":
             trial.set_user_attr(GROUP, group_of(config))
             self.follower = Follower(self.taken, stage, config)
@@ -145,15 +147,22 @@ class _Run:
             print(f"{self.taken.name}: {result['checkpoint']} is damaged; trained again", flush=True)
 
     def _shared(self) -> sharing.Shared | None:
-        """What a shorter trial has trained already; settled once, at the trial's first start."""
+        """What a shorter trial has trained already; settled at the trial's first start, and again if that is
+        damaged before the trial has a checkpoint of its own."""
         trial, run_dir = self.taken.trial, self.taken.run_dir
-        if "shared" not in trial.user_attrs and not any((run_dir / "checkpoints").glob("*.ckpt")):
+        settled = trial.user_attrs.get("shared")
+        is_open = "shared" not in trial.user_attrs or (
+            settled is not None
+            and ended(run_dir) is None
+            and not sharing.is_whole(self.store.study_dir / settled[0])
+        )
+        set_aside_damaged(run_dir / "checkpoints")
+        if is_open and not any((run_dir / "checkpoints").glob("*.ckpt")):
             found = sharing.find_shared(self.store, self.taken.study, trial)
             if found is not None:
                 print(f"{self.taken.name}: {found.why}", flush=True)
             settled = [self._relative(found.path), found.steps] if found and found.path else None
             trial.set_user_attr("shared", settled)
-        settled = trial.user_attrs.get("shared")
         if settled is None:
             return None
         return sharing.Shared(path=self.store.study_dir / settled[0], steps=settled[1], why="")
