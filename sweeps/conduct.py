@@ -51,6 +51,7 @@ from sweeps.study_dir import prepare
 from sweeps.supervise import Pending, Stopped, SweepFailed, Workers
 
 BASELINE = {"mitigation.name": "none"}
+FEW_RESAMPLES = 20  # of a report on the way; 200 may take longer than what budget_minutes leaves
 BUDGET_OVER = 0  # among received signals, whose numbers begin at 1
 
 Grow = Callable[[Study], Plan]
@@ -93,6 +94,8 @@ def conduct(config: SweepConfig, command: str) -> int:
                 console.print(f"error: {error}. To go on:  {command}", soft_wrap=True, highlight=False)
                 return 1
             over = signals[0] == BUDGET_OVER
+            if over and isinstance(error, Stopped):
+                _report_so_far(study_dir, console)
             why = f"Stopped after budget_minutes={config.budget_minutes:g}" if over else "Stopped"
             console.print(
                 f"{why}; what is finished is kept. To go on:  {command}", soft_wrap=True, highlight=False
@@ -237,6 +240,17 @@ class Sweep:
                 tracker.log_metrics(metrics, step=measured.number)
         for path in write_report(self.study_dir, self.console if is_last else Console(quiet=True)):
             tracker.log_artifact(path, "figures" if path.suffix == ".png" else None)
+
+
+def _report_so_far(study_dir: Path, console: Console) -> None:
+    """Of a sweep that its budget has stopped: in seconds, and never in the way of how it ends."""
+    try:
+        write_report(study_dir, Console(quiet=True), resamples=FEW_RESAMPLES)
+    except (OSError, ValueError, DatabaseGone) as error:
+        line = f"No report of what there is: {error}"
+    else:
+        line = f"What there is so far:  {study_dir / 'report.html'}"
+    console.print(line, soft_wrap=True, highlight=False)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ one file), results.csv (a row per trial), figures.
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +37,18 @@ def make_console() -> "Console":
     return Console(markup=False) if sys.stdout.isatty() else Console(width=WIDTH, markup=False)
 
 
-def write_report(study_dir: Path, console: "Console") -> list[Path]:
-    """Print the report and leave it in the study directory; returns the files: text, page, table, figures."""
+def write_report(study_dir: Path, console: "Console", resamples: int | None = None) -> list[Path]:
+    """Print the report and leave it in the study directory; returns the files: text, page, table, figures.
+
+    resamples: no more than so many behind the intervals of laws, for a report in a hurry.
+    """
     from rich.console import Console
 
     from sweeps.study_dir import load
 
     config = load(study_dir)
+    if resamples is not None and resamples < config.capacity.resamples:
+        config = replace(config, capacity=replace(config.capacity, resamples=resamples))
     report = _report(config, study_dir)
     with (study_dir / "report.txt").open("w") as file:
         for target in (console, Console(file=file, width=WIDTH, markup=False)):

@@ -19,6 +19,7 @@ def render(found: Capacity, laws: dict[str, Laws]) -> list[RenderableType]:
     blocks.append(lengths_table(found))
     for series in found.series:
         blocks += law_blocks(series, laws[series])
+    blocks.append(resamples_line(found))
     if found.failed:
         blocks.append(f"Failed runs: {len(found.failed)} (the same command tries them again)")
         blocks += [
@@ -105,6 +106,15 @@ def law_table(title: str, law: Law) -> Table:
             f"{fit.form.name}: {fit.form.words}", parameters(fit, law), scatter, f"{fit.aicc:.1f}", share
         )
     return table
+
+
+def resamples_line(found: Capacity) -> str:
+    count = found.config.capacity.resamples
+    return (
+        f"Intervals: 95%, of {count} resamples (capacity.resamples)"
+        if count
+        else "No intervals: capacity.resamples=0"
+    )
 
 
 def law_blocks(series: str, laws: Laws) -> list[RenderableType]:
