@@ -21,7 +21,6 @@ from optuna.study import Study
 from optuna.trial import TrialState
 from rich.console import Console
 
-from conf.load import flatten
 from conf.objectives import Direction
 from conf.sweep_schema import SweepConfig, mitigation_points
 from conf.sweep_stages import objectives_of
@@ -32,6 +31,7 @@ from sweeps.laws.capacity import STUDY as CAPACITY
 from sweeps.laws.capacity import plan_capacity
 from sweeps.live import Display, duration
 from sweeps.locks import ProcessLock
+from sweeps.mend_lost_runs import stage_tracker
 from sweeps.plans import (
     Plan,
     plan_given,
@@ -224,13 +224,7 @@ class Sweep:
 
     def _parent(self, name: str) -> Tracker:
         """The MLflow run above a stage's trials: found again by every later start."""
-        folder = self.study_dir / name
-        folder.mkdir(exist_ok=True)
-        tags = {"sweep": self.config.name, "stage": name, "study_dir": str(self.study_dir)}
-        params = {key: value for key, value in flatten(self.config).items() if value not in (None, {}, [])}
-        return Tracker(
-            self.config.tracking, folder, name=f"{self.config.name}/{name}", params=params, tags=tags
-        )
+        return stage_tracker(self.config, self.study_dir, name)
 
     def _record(self, tracker: Tracker, studies: list[Study], is_last: bool) -> None:
         """The stage's values, the report so far and its figures, into the parent run; the last is printed."""

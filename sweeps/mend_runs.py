@@ -5,13 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optuna.trial import TrialState
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 
 from lightning_modules.job import JOBS_TAG, jobs_of
 from lightning_modules.mlflow_store import open_store
 from lightning_modules.run_dir import read_result
 from sweeps.budget import is_open
 from sweeps.mend_directories import try_locked
+from sweeps.mend_lost_runs import find_run, remake_run, remake_stage
+from sweeps.steps import ended
 from sweeps.store import Store, stage_name
 from sweeps.studies import trial_name
 
@@ -25,25 +28,61 @@ def mend_runs(store: Store, *, holds_sweep_lock: bool) -> list[str]:
     """Set the status and tags of every run of the sweep that nobody works on; a line for each repair."""
     client, experiment = open_store(store.config.tracking)
     runs = {run.info.run_id: run for run in _runs_of(client, experiment, store.config.name)}
-    lines, ours = [], set()
+    lines, ours = _find_stages(store, client, experiment, runs, holds_sweep_lock), set()
     for study in store.load_studies():
         for trial in study.get_trials(deepcopy=False):
             run_dir = store.run_dir(study, trial.number)
+            parent = study.user_attrs["mlflow_run_id"]
             with try_locked(store, study, trial.number) as held:
-                for folder, parent in ((run_dir, study.user_attrs["mlflow_run_id"]), *_evaluation(run_dir)):
+                for folder in (run_dir, run_dir / "evaluation"):
+                    tags = _tags(study, trial, folder, parent)
                     run = runs.get(_run_id(folder) or "")
-                    if run is None:
-                        continue
-                    ours.add(run.info.run_id)
-                    if held:
-                        tags = {"trial": trial_name(study, trial.number), "trial_number": str(trial.number)}
-                        tags["run_dir"] = str(folder.absolute())
-                        jobs = jobs_of(trial.user_attrs.get("holders", []))
-                        tags |= ({JOBS_TAG: jobs} if jobs else {}) | ({PARENT_TAG: parent} if parent else {})
-                        lines += _mend(client, run, _status(folder, trial.state), tags)
+                    if run is None and held:
+                        run, said = _find_lost(store, client, experiment, trial, folder, tags)
+                        lines += said
+                    if run is not None:
+                        ours.add(run.info.run_id)
+                        parent = run.info.run_id
+                        lines += _mend(client, run, _status(folder, trial.state), tags) if held else []
     if not holds_sweep_lock:
         lines += _mend_stages(store, client, runs, ours)
     return lines + _mend_superseded(store, client, runs, ours)
+
+
+def _find_stages(
+    store: Store, client: "MlflowClient", experiment: str, runs: dict[str, Any], holds_sweep_lock: bool
+) -> list[str]:
+    """The runs above a stage's trials, where the store has lost them and no sweep is at work."""
+    lock, lines = store.lock("sweep"), []
+    if not holds_sweep_lock and not lock.try_acquire():
+        return []
+    try:
+        for name, members in _stages(store).items():
+            run_id = _run_id(store.study_dir / name)
+            if run_id is None or run_id in runs:
+                continue
+            run, said = find_run(client, run_id)
+            if run is None:
+                run, said = remake_stage(store, client, experiment, name, _stage_status(store, members))
+            if run is not None:
+                runs[run.info.run_id] = run
+            lines += said
+    finally:
+        if not holds_sweep_lock:
+            lock.release()
+    return lines
+
+
+def _stages(store: Store) -> dict[str, list[Study]]:
+    """Run directory of each MLflow run above trials -> its studies."""
+    stages: dict[str, list[Study]] = {}
+    for study in store.load_studies():
+        stages.setdefault(stage_name(study).replace("confirm-", "mitigation-"), []).append(study)
+    return stages
+
+
+def _stage_status(store: Store, members: list[Study]) -> str:
+    return "KILLED" if any(is_open(study, store.config) for study in members) else "FINISHED"
 
 
 def _mend(client: "MlflowClient", run: Any, status: str, tags: dict[str, str]) -> list[str]:
@@ -67,17 +106,14 @@ def _mend_stages(store: Store, client: "MlflowClient", runs: dict[str, Any], our
         return []
     lines = []
     try:
-        studies = store.load_studies()
-        for name in dict.fromkeys(stage_name(study).replace("confirm-", "mitigation-") for study in studies):
+        for name, members in _stages(store).items():
             run = runs.get(_run_id(store.study_dir / name) or "")
             if run is None:
                 continue
             ours.add(run.info.run_id)
-            names = (name, name.replace("mitigation-", "confirm-"))
-            members = [study for study in studies if stage_name(study) in names]
-            unfinished = any(is_open(study, store.config) for study in members)
-            if run.info.status == "RUNNING" or (run.info.status == "FINISHED" and unfinished):
-                lines += _mend(client, run, "KILLED" if unfinished else "FINISHED", {})
+            status = _stage_status(store, members)
+            if run.info.status == "RUNNING" or (run.info.status == "FINISHED" and status == "KILLED"):
+                lines += _mend(client, run, status, {})
     finally:
         lock.release()
     return lines
@@ -102,9 +138,30 @@ def _status(folder: Path, state: TrialState) -> str:
     return "FAILED" if state == TrialState.FAIL else "KILLED"
 
 
-def _evaluation(run_dir: Path) -> list[tuple[Path, str | None]]:
-    folder = run_dir / "evaluation"
-    return [(folder, _run_id(run_dir))] if folder.is_dir() else []
+def _tags(study: Study, trial: FrozenTrial, folder: Path, parent: str | None) -> dict[str, str]:
+    tags = {"trial": trial_name(study, trial.number), "trial_number": str(trial.number)}
+    tags["run_dir"] = str(folder.absolute())
+    jobs = jobs_of(trial.user_attrs.get("holders", []))
+    return tags | ({JOBS_TAG: jobs} if jobs else {}) | ({PARENT_TAG: parent} if parent else {})
+
+
+def _find_lost(
+    store: Store,
+    client: "MlflowClient",
+    experiment: str,
+    trial: FrozenTrial,
+    folder: Path,
+    tags: dict[str, str],
+) -> tuple[Any, list[str]]:
+    """The run of a directory that has one on record. Where work is left, whoever does it makes the next."""
+    run_id = _run_id(folder)
+    if run_id is None:
+        return None, []
+    run, said = find_run(client, run_id)
+    if run is None and trial.state.is_finished() and ended(folder):
+        status = _status(folder, trial.state)
+        return remake_run(client, experiment, store.config, folder, status, tags)
+    return run, said
 
 
 def _run_id(folder: Path) -> str | None:

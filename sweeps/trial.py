@@ -22,7 +22,7 @@ from sweeps.identity import identity_of, mlflow_run_id, tags_of, write_identity
 from sweeps.pruning import GROUP, Follower, group_of, tokens_per_step
 from sweeps.samplers import point_of
 from sweeps.side_by_side import train_together
-from sweeps.steps import Steps, TrialFailed, ended, set_aside_damaged
+from sweeps.steps import Steps, TrialFailed, ended
 
 BEAT_SECONDS = 5.0
 
@@ -156,8 +156,7 @@ class _Run:
             and ended(run_dir) is None
             and not sharing.is_whole(self.store.study_dir / settled[0])
         )
-        set_aside_damaged(run_dir / "checkpoints")
-        if is_open and not any((run_dir / "checkpoints").glob("*.ckpt")):
+        if is_open and not any(map(is_zipfile, (run_dir / "checkpoints").glob("*.ckpt"))):
             found = sharing.find_shared(self.store, self.taken.study, trial)
             if found is not None:
                 print(f"{self.taken.name}: {found.why}", flush=True)
