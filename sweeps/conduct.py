@@ -25,14 +25,12 @@ from conf.objectives import Direction
 from conf.sweep_schema import SweepConfig, mitigation_points
 from conf.sweep_stages import objectives_of
 from lightning_modules.tracking import Tracker
-from sweeps.budget import is_spent
 from sweeps.endings import GOES_ON, DatabaseGone
 from sweeps.laws.capacity import STUDY as CAPACITY
 from sweeps.laws.capacity import plan_capacity
-from sweeps.live import Display, duration
-from sweeps.locks import ProcessLock
-from sweeps.mend_lost_runs import stage_tracker
-from sweeps.plans import (
+from sweeps.mending.lost_runs import stage_tracker
+from sweeps.planning.budget import is_spent
+from sweeps.planning.plans import (
     Plan,
     plan_given,
     plan_mitigations,
@@ -40,15 +38,17 @@ from sweeps.plans import (
     plan_siblings,
     plan_training,
 )
+from sweeps.planning.samplers import point_of, powers_of
 from sweeps.reconcile import mend_study, reconcile
 from sweeps.report import make_console, write_report
-from sweeps.results import Measured, best_settings, collect, finished, worst_collapse
-from sweeps.samplers import point_of, powers_of
-from sweeps.steps import is_full
-from sweeps.store import Store
-from sweeps.studies import enqueue, latest, make_study, retry_failed
-from sweeps.study_dir import prepare
+from sweeps.reports.live import Display, duration
+from sweeps.reports.results import Measured, best_settings, collect, finished, worst_collapse
+from sweeps.stores.locks import ProcessLock
+from sweeps.stores.store import Store
+from sweeps.stores.studies import enqueue, latest, make_study, retry_failed
+from sweeps.stores.study_dir import prepare
 from sweeps.supervise import Pending, Stopped, SweepFailed, Workers
+from sweeps.trials.steps import is_full
 
 BASELINE = {"mitigation.name": "none"}
 FEW_RESAMPLES = 20  # of a report on the way; 200 may take longer than what budget_minutes leaves

@@ -44,7 +44,7 @@ def write_report(study_dir: Path, console: "Console", resamples: int | None = No
     """
     from rich.console import Console
 
-    from sweeps.study_dir import load
+    from sweeps.stores.study_dir import load
 
     config = load(study_dir)
     if resamples is not None and resamples < config.capacity.resamples:
@@ -70,14 +70,14 @@ def write_report(study_dir: Path, console: "Console", resamples: int | None = No
 
 def _report(config: SweepConfig, study_dir: Path) -> "Report":
     """What the sweep has found: words, figures, rows."""
-    from sweeps.figures import write_figures
     from sweeps.laws import factorial
     from sweeps.laws.capacity import STUDY
     from sweeps.laws.report import Report, report_capacity
-    from sweeps.results import collect, table_rows
-    from sweeps.store import stage_name
-    from sweeps.studies import load_studies
-    from sweeps.tables import render
+    from sweeps.reports.figures import write_figures
+    from sweeps.reports.results import collect, table_rows
+    from sweeps.reports.tables import render
+    from sweeps.stores.store import stage_name
+    from sweeps.stores.studies import load_studies
 
     studies = load_studies(study_dir)
     if config.has_capacity_stage:
@@ -97,7 +97,7 @@ def _write_page(config: SweepConfig, study_dir: Path, report: "Report") -> None:
     """report.html: the same words, the figures inside, a row for every run."""
     from conf.load import to_yaml
     from lightning_modules.run_dir import write_text
-    from sweeps import page
+    from sweeps.reports import page
 
     parts = [page.text_block((study_dir / "report.txt").read_text().split("\nFigures:")[0])]
     parts += [page.heading("Figures"), *(page.figure(path, caption) for path, caption in report.figures)]

@@ -16,9 +16,9 @@ from conf.sweep_schema import SweepConfig, train_base
 from sweeps.laws.fits import Law, Threshold, fit_law
 from sweeps.laws.outcomes import Criterion, Judged, criterion_of, longest
 from sweeps.laws.thresholds import Interval, Outcome, Run, Search, interval, next_runs, settle
-from sweeps.plans import Plan, Planned
-from sweeps.results import finished
-from sweeps.studies import latest, trials_of
+from sweeps.planning.plans import Plan, Planned
+from sweeps.reports.results import finished
+from sweeps.stores.studies import latest, trials_of
 
 STUDY = "capacity"
 Kind = Literal["forget", "recall"]

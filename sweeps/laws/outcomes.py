@@ -24,7 +24,7 @@ from conf.capacity import CapacityConfig
 from conf.sweep_schema import SweepConfig, train_base
 from lightning_modules.evaluation.conclusion import stretches
 from sweeps.laws.thresholds import Interval, Outcome, Run
-from sweeps.results import Measured, Share
+from sweeps.reports.results import Measured, Share
 
 Z = 1.959964  # a Share's interval is a 95% one
 

@@ -7,8 +7,8 @@ import signal
 import pytest
 
 from sweeps.endings import GOES_ON
-from sweeps.store import stage_name
-from sweeps.studies import load_studies
+from sweeps.stores.store import stage_name
+from sweeps.stores.studies import load_studies
 from tests.sweeps.conftest import SweepProcess
 
 STUDY = """\

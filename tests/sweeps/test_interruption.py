@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
 from sweeps.endings import GOES_ON
-from sweeps.studies import load_studies
+from sweeps.stores.studies import load_studies
 from tests.sweeps.conftest import ROOT
 
 

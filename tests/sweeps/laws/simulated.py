@@ -13,7 +13,7 @@ from lightning_modules.evaluation.passkey import wilson_interval
 from sweeps.laws.capacity import Capacity, search_of
 from sweeps.laws.outcomes import criterion_of
 from sweeps.laws.thresholds import Run, next_runs
-from sweeps.results import Measured, Share
+from sweeps.reports.results import Measured, Share
 
 ROOT = Path(__file__).parents[3]
 PROMPTS = 256

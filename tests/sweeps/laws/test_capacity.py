@@ -10,9 +10,9 @@ from conf.sweep_schema import check, equal_tokens, train_base
 from sweeps.laws.capacity import plan_capacity
 from sweeps.laws.outcomes import judge_needles, longest
 from sweeps.laws.thresholds import Interval, Run
-from sweeps.store import Store
-from sweeps.studies import make_study
-from sweeps.study_dir import prepare
+from sweeps.stores.store import Store
+from sweeps.stores.studies import make_study
+from sweeps.stores.study_dir import prepare
 from tests.sweeps.laws.simulated import TEXT, World, measured, study
 
 RUN = Run("d_state 16", 0, 256)
