@@ -25,6 +25,7 @@ from sweeps.trials.identity import read_identity, write_identity
 if TYPE_CHECKING:
     from mlflow.tracking.client import MlflowClient
 
+OWN_FILES = ("config.yaml", "metrics.jsonl", "evaluation.json", "result.json")  # others are rewritten later
 REPORT = ("report.txt", "report.html", "results.csv")
 
 
@@ -147,8 +148,8 @@ def _send_files(tracker: Tracker) -> None:
 
 def _times(tracker: Tracker) -> tuple[int, int]:
     """Within which the lost run began and ended, in milliseconds: of its first point or file and its last."""
-    files = [path for path in tracker.run_dir.glob("*.*") if path.is_file()]
-    written = [int(1000 * path.stat().st_mtime) for path in files if path.name != "tracking.json"]
+    files = [tracker.run_dir / name for name in OWN_FILES]
+    written = [int(1000 * path.stat().st_mtime) for path in files if path.is_file()]
     points = [point.time for point in tracker.metrics.points]
     times = points + written or [int(1000 * time.time())]
     return min(times), max(times)
