@@ -247,6 +247,7 @@ def final_metrics(steps: int, metrics: LogMetrics, device: torch.device) -> dict
         **metrics.val_metrics,
         "tokens": float(tokens),
         "tokens_per_second": tokens / metrics.seconds,
+        **metrics.utilisation("mfu", tokens / metrics.seconds),
         "peak_memory_mib": peak_memory_mib(device),
     }
 

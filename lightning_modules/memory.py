@@ -8,15 +8,19 @@ import torch
 
 
 def peak_memory_mib(device: torch.device) -> float:
+    return peak_bytes(device) / 2**20
+
+
+def peak_bytes(device: torch.device) -> int:
     """Most memory that this process (or its share of the GPU) has held."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage would count what the parent held before exec
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
+        return int(line.split()[1]) * 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak if sys.platform == "darwin" else peak * 2**10
 
 
 def reset_peak_memory(device: torch.device) -> bool:
