@@ -148,14 +148,13 @@ class ZeroStrategy(DeepSpeedStrategy):
     def note_gradient_groups(self) -> None:
         """Tell the model the norms of its groups of parameters, if they are to be logged: before the step,
         which lets go of gradients."""
-        module = self.lightning_module
-        assert module is not None
+        module: Any = self.lightning_module
         assert self.states is not None
         if module.logs_this_step:
             module.grad_norms = norms_by_group(self.states.gradients(), self._add_up)
 
     def _add_up(self, values: Tensor) -> Tensor:
-        return self.reduce(values.to(self.root_device), reduce_op="sum")  # type: ignore[return-value]
+        return self.reduce(values.to(self.root_device), reduce_op="sum")
 
     def note_gradients(self) -> None:
         """Tell the model the norm of the step just taken; it raises if that is not finite."""

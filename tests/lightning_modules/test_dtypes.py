@@ -19,7 +19,7 @@ from tests.lightning_modules.launcher import call_on_ranks, train, train_on_rank
 from tests.lightning_modules.test_ranks import SETTINGS
 
 CONFIG = ModelConfig(d_model=32, n_layers=2, d_state=8, headdim=16, vocab_size=40, chunk_size=16)
-MODEL_AND_RULES = [Mitigation(), Mitigation("sliding_window", window=5)]
+RULES = [Mitigation(), Mitigation("sliding_window", window=5)]
 BF16 = torch.autocast("cpu", torch.bfloat16)
 
 
@@ -28,7 +28,7 @@ def seen(model: Mamba2LM, rule: Mitigation | None = None) -> str:
         return require_fp32(recurrence_dtypes(model, rule or Mitigation()))
 
 
-@pytest.mark.parametrize("rule", MODEL_AND_RULES, ids=lambda rule: rule.name)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_under_autocast_products_are_bf16_and_the_recurrence_fp32(rule: Mitigation) -> None:
     model = Mamba2LM(CONFIG)
     told = seen(model, rule)
@@ -107,8 +107,8 @@ TOLD = "A, D, dt_bias, decays, states float32; x, B, C bfloat16"
 @pytest.mark.parametrize(
     ("ranks", "argv"),
     [
-        (1, []),
-        (2, ["trainer.strategy=ddp", "trainer.context_parallel=2"]),
+        pytest.param(1, [], marks=pytest.mark.slow),
+        pytest.param(2, ["trainer.strategy=ddp", "trainer.context_parallel=2"], marks=pytest.mark.slow),
         (2, ["trainer.strategy=deepspeed", "deepspeed.stage=3", "trainer.context_parallel=2"]),
         pytest.param(2, ["trainer.strategy=deepspeed", "deepspeed.stage=1"], marks=pytest.mark.slow),
         pytest.param(2, ["trainer.strategy=deepspeed", "deepspeed.stage=2"], marks=pytest.mark.slow),
