@@ -1,10 +1,13 @@
-"""The most memory that a process has held."""
+"""The most memory that a process has held, and what to say when there is no more."""
 
+import re
 import resource
 import sys
 from pathlib import Path
 
 import torch
+
+from lightning_modules.run_dir import RunError
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -33,3 +36,18 @@ def reset_peak_memory(device: torch.device) -> bool:
     except OSError:  # not Linux, or a sandbox
         return False
     return True
+
+
+def out_of_memory(error: BaseException, step: int) -> RunError | None:
+    """The one line for an allocation that failed; None for any other error."""
+    message = str(error)
+    on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in message
+    if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+        return None
+    tried = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", message)
+    what = f" for another {tried[1]}" if tried else ""
+    return RunError(
+        f"after step {step}: no {'' if on_cpu else 'GPU '}memory{what}: read fewer tokens at a time "
+        "(trainer.segment_length) or fewer rows (trainer.accumulate), or shard parameters "
+        "(trainer.strategy=deepspeed); python -m lightning_modules.plan with the same settings says what fits"
+    )
