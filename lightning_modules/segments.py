@@ -1,9 +1,10 @@
 """Exact backpropagation through sequences of any length: read in segments, each recomputed when it is needed.
 
-Forward keeps ids and the state at each border. Backward begins with the last segment: it reads it again, with
-what a step needs to be differentiated, takes the gradients of its loss and of the state after it back to the
-state before it, lets everything go, and turns to the segment before. Peak memory is that of one segment; the
-gradients are those of one long forward pass, since states carry all that later tokens know of earlier ones.
+Forward keeps ids and the state at each border, and of the last segment all that its backward pass needs, for
+that comes next. Backward takes the gradients of its loss back to the state before it and lets everything go;
+then it turns to the segment before, reads it again and does the same with it. Peak memory is that of one
+segment; the gradients are those of one long forward pass, since states carry all that later tokens know of
+earlier ones.
 
 To autograd this is one graph, walked once: a parameter's gradient is whole when its hooks run, so that DDP
 reduces it once a step.
@@ -66,12 +67,13 @@ def segmented_losses(
     if length is None or length >= ids.shape[1]:
         return read(Segment(ids, targets, document_starts), state)
     losses: list[Tensor] = []
-    for index, span in enumerate(spans(ids.shape[1], length)):
+    pieces = spans(ids.shape[1], length)
+    for index, span in enumerate(pieces):
         starts = None if document_starts is None else document_starts[:, span]
         segment = Segment(ids[:, span], targets[:, span], starts)
         if state is not None and truncate_after is not None and index > 0 and index % truncate_after == 0:
             state = state.detach()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and index < len(pieces) - 1:
             some, state = checkpoint(read, segment, state, use_reentrant=False, preserve_rng_state=False)
         else:
             some, state = read(segment, state)
