@@ -214,10 +214,10 @@ def test_what_is_not_finite_is_named(tmp_path: Path, stage: int, what: str, blam
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_gradient_arrives_once_a_backward_pass(tmp_path: Path, stage: int) -> None:
     """Six steps of two micro-batches in three segments each: 12 arrivals, not 36. Stage 3 gathers a layer at
-    a time, for each segment of 12 micro-batches and 4 of validation, and for two of the 12's that are
-    recomputed.
+    a time: as dtypes are looked at, for each segment of 12 micro-batches and 4 of validation, and for the two
+    of each of the 12 that are recomputed.
     """
-    layers = {1 if stage == 3 else 0: 2 * (3 * (12 + 4) + 2 * 12)}
+    layers = {1 if stage == 3 else 0: 2 * (1 + 3 * (12 + 4) + 2 * 12)}
     assert f"counts [12] 20 whole at once {layers}" in run_broken(tmp_path, stage, "nothing")
 
 
