@@ -14,6 +14,7 @@ from conf.fields import option, require, require_at_least, section
 from conf.initial_state import InitialStateConfig
 from conf.mitigation import MitigationConfig
 from conf.passkey import NEEDLE, OPENING, QUESTION
+from conf.tasks import TASKS, TasksConfig
 from conf.zero import DeepSpeedConfig
 
 REFUSED_IN_CONTEXT = {  # mitigations under which a sequence cannot be sharded over ranks
@@ -135,7 +136,7 @@ class DocumentsConfig:
 class DataConfig:
     """What the model reads."""
 
-    name: Literal["passkey", "documents"] = option("passkey", "the task")
+    name: str = option("passkey", f"what to learn: documents, or a task: passkey, {', '.join(TASKS)}")
     tokenizer: str = option("bytes", "bytes, or a Hugging Face tokenizer folder or name")
     train_length: int = option(256, "tokens per training sequence")
     batch_size: int = option(32, "sequences per optimizer step, over all ranks and accumulation steps")
@@ -144,9 +145,12 @@ class DataConfig:
     val_sequences: int = option(128, "sequences per validation")
     num_workers: int = option(0, "data loader processes")
     passkey: PasskeyConfig = section(PasskeyConfig)
+    tasks: TasksConfig = section(TasksConfig)
     documents: DocumentsConfig = section(DocumentsConfig)
 
     def __post_init__(self) -> None:
+        known = ("passkey", "documents", *TASKS)
+        require(self.name in known, "data.name", self.name, f"choose from {', '.join(known)}")
         require_at_least("data", self, 1, "train_length", "batch_size", "val_sequences")
         require_at_least("data", self, 0, "curriculum_steps", "num_workers")
         digits = self.passkey.digits

@@ -49,7 +49,7 @@ class OverLengthProbe(pl.Callback):
         seed = draw_seed(self.config.seed, "validation")
         if data.name == "passkey":
             self._needles = plan_needles(data, module.tokenizer, settings.prompts, seed)
-            self._source = filler_source(data, module.tokenizer, 1)
+            self._source = filler_source(module.tokenizer, 1)
         else:
             stream = held_out_documents(data, module.tokenizer, "validation")
             name = "probe.factor * data.train_length"

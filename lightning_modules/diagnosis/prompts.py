@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf.schema import DataConfig, DiagnoseConfig
-from data.passkey import PasskeyTask
+from data.filler import Filler
 from data.tokenizers import Tokenizer
 from lightning_modules.evaluation.loss import documents_source, held_out_documents
 from lightning_modules.evaluation.streaming import Source
@@ -37,16 +37,16 @@ def prompt_source(name: str, config: DiagnoseConfig, data: DataConfig, tokenizer
     if name == "sentence":
         return repeat(tokenizer.encode(config.sentence), config.prompts)
     if name == "passkey":
-        return filler_source(data, tokenizer, config.prompts)
+        return filler_source(tokenizer, config.prompts)
     if name == "random":
         return random_source(tokenizer.vocab_size, config.prompts, config.seed)
     stream, length = held_out_documents(data, tokenizer), config.length_for(data.train_length)
     return documents_source(stream, length, config.prompts, config.seed, "length")
 
 
-def filler_source(data: DataConfig, tokenizer: Tokenizer, rows: int) -> Source:
+def filler_source(tokenizer: Tokenizer, rows: int) -> Source:
     """What passkey prompts are full of, without needle and question."""
-    return repeat(PasskeyTask(tokenizer, data.passkey).filler, rows)
+    return repeat(Filler(tokenizer).ids, rows)
 
 
 def repeat(ids: NDArray[np.int64], rows: int) -> Source:
