@@ -66,7 +66,8 @@ class MultiKey(ListTask):
         made = [self._items(np.random.default_rng([0, i]), 1) for i in range(SAMPLES)]
         self._item = np.mean([len(tokenizer.encode(_state(*items[0]))) for items in made])
         asked = [tokenizer.encode_batch(_ask(*items[0])) for items in made]
-        self._tail = SLACK + max(len(question) + len(answer) for question, answer in asked)
+        tails = {len(question) + len(answer) for question, answer in asked}
+        self._tail = max(tails) + (SLACK if len(tails) > 1 else 0)
         self._longest = max(len(tokenizer.encode(_state(*items[0]))) for items in made)
 
     def shortest(self) -> int:

@@ -79,7 +79,7 @@ class ManyPasskeys(TextTask):
             f" What is the passkey of {names[asked]}? The passkey of {names[asked]} is", f" {keys[asked]}"
         )
         needles = [Needle(float(depth), ids) for depth, ids in zip(depths, hidden, strict=True)]
-        return Story(needles, question, [answer], asked=asked, shared=n)
+        return Story(needles, question, [answer], asked=asked, shared=True)
 
     def chance(self, length: int) -> float:
         return 1 / self.needles

@@ -86,9 +86,8 @@ def _symbols(name: str, data: DataConfig, vocab_size: int) -> Task:
     settings = data.tasks
     weight, vocabulary = settings.filler_weight, settings.vocabulary or vocab_size
     if vocabulary > vocab_size:
-        raise ValueError(
-            f"data.tasks.vocabulary={vocabulary}: exceeds model.vocab_size={vocab_size}; lower it"
-        )
+        remedy = f"exceeds model.vocab_size={vocab_size}; lower it"
+        raise ValueError(f"data.tasks.vocabulary={vocabulary}: {remedy}")
     match name:
         case "mqar":
             return Recall(weight, vocabulary, settings.pairs, 0)

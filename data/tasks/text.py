@@ -94,14 +94,14 @@ class Needle:
 class Story:
     """A prompt in words, before it has its length. asked: which needle has the answer, for its depth.
 
-    shared: how many of the needles, in order of depth, all prompts with this haystack have at the same place.
+    shared: all prompts with this haystack have these needles, and differ in the question alone.
     """
 
     needles: list[Needle]
     question: Ints
     answer: list[Ints]
     asked: int | None = None
-    shared: int = 0
+    shared: bool = False
 
 
 class TextTask(Task):
@@ -153,12 +153,12 @@ class TextTask(Task):
             behind = skip if column > joint else 0
             found.append((min(self.haystack.snap(place, column + behind) - behind, text), needle.depth, i))
         pieces, used, own, asked_at = [], 0, [], 0
-        for rank, (column, _, i) in enumerate(sorted(found)):
+        for column, _, i in sorted(found):
             if joint < column and skip:
                 pieces.append(Piece(joint + used, NOTHING, skip=skip))
                 own.append(joint + used)
                 skip = 0
-            if rank >= story.shared:
+            if not story.shared:
                 own.append(column + used)
             if i == story.asked:
                 asked_at = column + used
@@ -170,7 +170,9 @@ class TextTask(Task):
         tail = tail_piece(length, story.question, story.answer, self.marker)
         depth = float("nan") if story.asked is None else asked_at / length
         branch = min([*own, tail.start])
-        key: Hashable = (place, *((p.start, p.ids.tobytes()) for p in pieces if p.start < branch))
+        key: Hashable = place
+        if story.shared:
+            key = (place, *((needle.depth, needle.ids.tobytes()) for needle in story.needles))
         return Row(place, [*pieces, tail], key, branch, depth)
 
 
