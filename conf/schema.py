@@ -14,6 +14,7 @@ from conf.fields import option, require, require_at_least, section
 from conf.initial_state import InitialStateConfig
 from conf.mitigation import MitigationConfig
 from conf.passkey import NEEDLE, OPENING, QUESTION
+from conf.suites import PerplexityConfig, TaskSuitesConfig, TextConfig
 from conf.tasks import TASKS, TasksConfig
 from conf.zero import DeepSpeedConfig
 
@@ -21,6 +22,7 @@ REFUSED_IN_CONTEXT = {  # mitigations under which a sequence cannot be sharded o
     "state_norm": "clipping is not linear in the state: no piece could begin before those before it",
     "sliding_window": "what enters a piece would be a window of tokens, as long as the window",
 }
+SUITES = ("passkey", "loss", "states", "perplexity", *TASKS)
 
 
 def is_power_of_two(n: int) -> bool:
@@ -328,6 +330,10 @@ class TrainConfig:
             self.data.curriculum_steps,
             f"must be below trainer.max_steps={self.trainer.max_steps}",
         )
+        ids = self.data.tasks.vocabulary
+        remedy = f"exceeds model.vocab_size={self.model.vocab_size}; lower it"
+        fits = ids is None or ids <= self.model.vocab_size
+        require(fits, "data.tasks.vocabulary", ids, remedy)
         self._check_deepspeed()
         self._check_initial_state(rows=self.data.batch_size // shares)
         self._check_mitigation()
@@ -487,13 +493,16 @@ class MeasureConfig:
 class EvaluateConfig(MeasureConfig):
     """One evaluation of one checkpoint."""
 
-    suites: list[str] = option(["passkey", "loss"], "what to measure: passkey, loss, states")
+    suites: list[str] = option(["passkey", "loss"], f"what to measure: {', '.join(SUITES)}")
     split: Literal["test", "validation"] = option(
         "test", "held-out text: test to report on, validation to choose settings by"
     )
     passkey: PasskeyEvalConfig = section(PasskeyEvalConfig)
     loss: LossEvalConfig = section(LossEvalConfig)
     states: StatesEvalConfig = section(StatesEvalConfig)
+    perplexity: PerplexityConfig = section(PerplexityConfig)
+    tasks: TaskSuitesConfig = section(TaskSuitesConfig)
+    text: TextConfig = section(TextConfig)
     bench: dict[str, Any] = option(
         {}, "mitigation.name=all: mitigation -> settings or lists of them; null leaves it out; else defaults"
     )
@@ -503,8 +512,9 @@ class EvaluateConfig(MeasureConfig):
         compares = self.mitigation.name == "all"
         require(compares or not self.bench, "bench", list(self.bench), "belongs to mitigation.name=all")
         bench_mitigations(self.bench, train_length=256)  # each setting is checked; the length decides none
-        known = bool(self.suites) and set(self.suites) <= {"passkey", "loss", "states"}
-        require(known, "suites", self.suites, "choose from [passkey, loss, states]")
+        known = bool(self.suites) and set(self.suites) <= set(SUITES)
+        require(known, "suites", self.suites, f"choose from [{', '.join(SUITES)}]")
+        require(len(set(self.suites)) == len(self.suites), "suites", self.suites, "give each once")
 
 
 @dataclass(kw_only=True)

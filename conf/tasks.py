@@ -46,11 +46,13 @@ class TasksConfig:
     frequent: int = option(3, "frequent_words: words asked for")
     zipf: float = option(2.0, "frequent_words: the k-th word occurs in proportion to k^-zipf")
     pairs: int = option(16, "mqar, forgetting_mqar: keys stated with their values; each is asked for once")
-    updates: int = option(8, "forgetting_mqar: keys that are then stated again, with another value")
+    updates: int | None = option(
+        None, "forgetting_mqar: keys that are then stated again, with another value; none: half of the pairs"
+    )
     copied: int = option(16, "selective_copying: tokens to be copied")
     alphabet: int = option(16, "selective_copying, string_copying: different tokens to be copied")
     vocabulary: int | None = option(
-        None, "mqar, forgetting_mqar, induction_heads: token ids drawn from; none: all of the model's"
+        None, "token ids of mqar, forgetting_mqar, induction_heads; none: as many as the tokenizer has"
     )
     supporting: int = option(1, "facts: sentences that an answer rests on, 1 to 3 (of our own facts)")
     facts: str | None = option(
@@ -60,7 +62,7 @@ class TasksConfig:
     def __post_init__(self) -> None:
         require_at_least("data.tasks", self, 1, "needles", "recent", "chains", "common", "frequent", "pairs")
         require_at_least("data.tasks", self, 1, "rare_times", "copied")
-        require_at_least("data.tasks", self, 0, "hops", "updates")
+        require_at_least("data.tasks", self, 0, "hops")
         require_at_least("data.tasks", self, 2, "alphabet")
         if self.filler_weight is not None:
             require_at_least("data.tasks", self, 0, "filler_weight")
@@ -71,5 +73,6 @@ class TasksConfig:
         require(more, "data.tasks.common_times", self.common_times, remedy)
         require(self.zipf > 0, "data.tasks.zipf", self.zipf, "must be positive, e.g. 2.0")
         require(1 <= self.supporting <= 3, "data.tasks.supporting", self.supporting, "must be 1, 2 or 3")
-        few = self.updates <= self.pairs
-        require(few, "data.tasks.updates", self.updates, f"at most data.tasks.pairs={self.pairs} keys change")
+        few = self.updates is None or 1 <= self.updates <= self.pairs
+        remedy = f"must be from 1 to data.tasks.pairs={self.pairs}"
+        require(few, "data.tasks.updates", self.updates, remedy)

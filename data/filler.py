@@ -18,15 +18,15 @@ class Filler:
         self.endings = np.cumsum([len(ids) for ids in sentences])
         # distance from each offset in the period to the first sentence end at or after it
         offsets = np.arange(len(self.ids))
-        self._to_sentence_end = ((self.endings[None] - offsets[:, None]) % len(self.ids)).min(1)
+        self._to_sentence_end: Ints = ((self.endings[None] - offsets[:, None]) % len(self.ids)).min(1)
 
-    def phase(self, length: Ints, ending: Ints) -> Ints:
+    def phase(self, length: Ints | int, ending: Ints | int) -> Ints:
         """Where a text of `length` tokens begins that ends with the sentence `ending`."""
         return (self.endings[ending] - length) % len(self.ids)
 
-    def snap(self, phase: Ints, column: Ints) -> Ints:
+    def snap(self, phase: Ints | int, column: Ints | int) -> Ints:
         """The first sentence end at or after `column` of a text."""
-        return column + self._to_sentence_end[(column + phase) % len(self.ids)]
+        return np.asarray(column) + self._to_sentence_end[(column + phase) % len(self.ids)]
 
     def tokens(self, phase: Ints, column: Ints) -> Ints:
         """Tokens at columns (n, w) of texts that begin at phases (n,)."""

@@ -111,7 +111,7 @@ class TokenDataModule(pl.LightningDataModule):
         return BatchLoader(batches, pin_memory=_uses_cuda(trainer))  # no workers: starting them costs more
 
     def _task(self, text: TokenStream | None = None) -> Source:
-        return build_source(self.config.data, self.tokenizer, self.config.model.vocab_size, text)
+        return build_source(self.config.data, self.tokenizer, text)
 
     def _share(self, global_rank: int) -> dict[str, Any]:
         """What of a step's rows a rank reads. Ranks of a context group follow each other."""

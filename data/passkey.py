@@ -87,7 +87,7 @@ class PasskeyTask:
         phase = self.filler.phase(filler_length, ending)
         skip = np.zeros(len(phase), np.int64)
         if alike:
-            begins = self.filler.phase(np.int64(length - self.fixed_length()), ending)
+            begins = self.filler.phase(length - self.fixed_length(), ending)
             phase, skip = begins, (phase - begins) % len(self.filler.ids)
         before = np.clip(starts - len(self.opening), 0, filler_length)
         before = np.minimum(self.filler.snap(phase, before), filler_length)

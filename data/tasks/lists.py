@@ -36,7 +36,8 @@ class ListTask(Task):
 
     def layout(self, length: int, draws: Sequence[Draw]) -> Layout:
         lists: dict[bytes, int] = {}
-        arrays, rows = [], []
+        arrays: list[Ints] = []
+        rows: list[Row] = []
         for draw in draws:
             ids, question, answer, depth = self.write(length, draw)
             tail = tail_piece(length, question, answer, self.marker)

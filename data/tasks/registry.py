@@ -18,14 +18,10 @@ from data.tasks.tracking import VariableTracking
 from data.tokenizers import Tokenizer
 
 
-def build_task(
-    name: str, data: DataConfig, tokenizer: Tokenizer, vocab_size: int, text: TokenStream | None = None
-) -> Task:
+def build_task(name: str, data: DataConfig, tokenizer: Tokenizer, text: TokenStream | None = None) -> Task:
     """The task `name` of `conf.tasks.TASKS`, as `data.tasks` has it.
 
-    Args:
-        vocab_size: token ids of the model.
-        text: documents in which the tasks of `IN_TEXT` hide their needles.
+    text: documents in which the tasks of `IN_TEXT` hide their needles.
 
     Raises:
         ValueError: a setting does not fit the vocabulary, or a file of facts cannot be read.
@@ -33,7 +29,7 @@ def build_task(
     settings = data.tasks
     weight = settings.filler_weight
     if name in SYMBOLS:
-        return _symbols(name, data, vocab_size)
+        return _symbols(name, data, tokenizer)
     if name in IN_TEXT:
         assert text is not None
         prose = ProseHaystack(tokenizer, text)
@@ -62,9 +58,7 @@ def build_task(
     raise AssertionError(name)
 
 
-def build_source(
-    data: DataConfig, tokenizer: Tokenizer, vocab_size: int, text: TokenStream | None = None
-) -> Source:
+def build_source(data: DataConfig, tokenizer: Tokenizer, text: TokenStream | None = None) -> Source:
     """Samples of the task `data.name`, which is not documents. Raises ValueError as `build_task`, and where
     data.train_length or data.curriculum_length is too short for a prompt."""
     if data.name == "passkey":
@@ -73,7 +67,7 @@ def build_source(
         keys = np.random.default_rng(0).integers(passkey.n_keys, size=256)
         data.require_passkey_fits(max(passkey.fixed_length(int(key)) for key in keys))
         return passkey
-    task = build_task(data.name, data, tokenizer, vocab_size, text)
+    task = build_task(data.name, data, tokenizer, text)
     shortest = task.shortest()
     for name in ("train_length", "curriculum_length"):
         length = getattr(data, name)
@@ -82,21 +76,19 @@ def build_source(
     return task
 
 
-def _symbols(name: str, data: DataConfig, vocab_size: int) -> Task:
+def _symbols(name: str, data: DataConfig, tokenizer: Tokenizer) -> Task:
     settings = data.tasks
-    weight, vocabulary = settings.filler_weight, settings.vocabulary or vocab_size
-    if vocabulary > vocab_size:
-        remedy = f"exceeds model.vocab_size={vocab_size}; lower it"
-        raise ValueError(f"data.tasks.vocabulary={vocabulary}: {remedy}")
+    weight, vocabulary = settings.filler_weight, settings.vocabulary or tokenizer.vocab_size
     match name:
         case "mqar":
             return Recall(weight, vocabulary, settings.pairs, 0)
         case "forgetting_mqar":
-            return Recall(weight, vocabulary, settings.pairs, settings.updates)
+            updates = -(-settings.pairs // 2) if settings.updates is None else settings.updates
+            return Recall(weight, vocabulary, settings.pairs, updates)
         case "selective_copying":
-            return SelectiveCopying(weight, vocab_size, settings.alphabet, settings.copied)
+            return SelectiveCopying(weight, vocabulary, settings.alphabet, settings.copied)
         case "string_copying":
-            return StringCopying(weight, vocab_size, settings.alphabet)
+            return StringCopying(weight, vocabulary, settings.alphabet)
         case "induction_heads":
             return InductionHeads(weight, vocabulary)
     raise AssertionError(name)

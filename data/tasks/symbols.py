@@ -47,7 +47,7 @@ class Recall(SymbolTask):
         if self.third < max(pairs, 2):
             raise ValueError(
                 f"data.tasks.pairs={pairs}: only {self.third} of {vocabulary} token ids are keys; use fewer "
-                "pairs or a larger model.vocab_size"
+                "pairs or a larger data.tasks.vocabulary"
             )
 
     def shortest(self) -> int:
@@ -131,7 +131,8 @@ class StringCopying(SymbolTask):
     def layout(self, length: int, draws: Sequence[Draw]) -> Layout:
         require_fits(length, self.shortest(), "string_copying")
         size = (length - 1) // 2
-        rows, strings = [], []
+        rows: list[Row] = []
+        strings: list[Ints] = []
         for draw in draws:
             string = draw.private().integers(self.alphabet, size=size)
             front = np.full(length - 1 - 2 * size, self.alphabet)
@@ -179,6 +180,5 @@ class InductionHeads(SymbolTask):
 def _require_alphabet(alphabet: int, marks: int, vocabulary: int) -> None:
     if alphabet + marks > vocabulary:
         raise ValueError(
-            f"data.tasks.alphabet={alphabet}: with {marks} more ids exceeds model.vocab_size={vocabulary}; "
-            "lower it"
+            f"data.tasks.alphabet={alphabet}: with {marks} more exceeds the {vocabulary} token ids; lower it"
         )

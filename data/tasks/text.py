@@ -40,11 +40,10 @@ class FillerHaystack:
         self.tokens = self.filler.tokens
 
     def place(self, rng: Generator, length: int) -> int:
-        ending = rng.integers(len(self.filler.endings))
-        return int(self.filler.phase(np.int64(length), ending))
+        return int(self.filler.phase(length, int(rng.integers(len(self.filler.endings)))))
 
     def snap(self, place: int, column: int) -> int:
-        return int(self.filler.snap(np.int64(place), np.int64(column)))
+        return int(self.filler.snap(place, column))
 
 
 class ProseHaystack:

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from conf.schema import DataConfig, DiagnoseConfig
 from data.filler import Filler
 from data.tokenizers import Tokenizer
-from lightning_modules.evaluation.loss import documents_source, held_out_documents
+from lightning_modules.evaluation.loss import documents_source, held_out_documents, held_out_text
 from lightning_modules.evaluation.streaming import Source
 
 STREAM = 0xD1A6  # first word of the generator's seed: no training stream begins with it
@@ -18,12 +18,15 @@ DESCRIPTIONS = {
     "random": "random tokens",
     "documents": "held-out documents",
     "passkey": "the passkey task's filler",
+    "task": "prompts of the task, one after another",
 }
 
 
 def choose_prompt(config: DiagnoseConfig, data: DataConfig) -> str:
     """The prompt's name: the setting, or what the checkpoint was trained on."""
-    return data.name if config.prompt == "auto" else config.prompt
+    if config.prompt != "auto":
+        return config.prompt
+    return data.name if data.name in ("passkey", "documents") else "task"
 
 
 def prompt_source(name: str, config: DiagnoseConfig, data: DataConfig, tokenizer: Tokenizer) -> Source:
@@ -40,7 +43,10 @@ def prompt_source(name: str, config: DiagnoseConfig, data: DataConfig, tokenizer
         return filler_source(tokenizer, config.prompts)
     if name == "random":
         return random_source(tokenizer.vocab_size, config.prompts, config.seed)
-    stream, length = held_out_documents(data, tokenizer), config.length_for(data.train_length)
+    length = config.length_for(data.train_length)
+    if name == "task":
+        return held_out_text(data, tokenizer, "test", length, config.prompts, config.seed)[0]
+    stream = held_out_documents(data, tokenizer)
     return documents_source(stream, length, config.prompts, config.seed, "length")
 
 

@@ -17,8 +17,8 @@ from data.tasks.registry import build_task
 from data.tasks.task import Draw, Task
 from data.tokenizers import Tokenizer, load_tokenizer
 
-VOCABULARY = 512
-SMALL = {"common_times": 6, "rare_times": 2, "common": 4, "pairs": 8, "updates": 4}
+VOCABULARY = 512  # more than either tokenizer has
+SMALL = {"vocabulary": VOCABULARY, "common_times": 6, "rare_times": 2, "common": 4, "pairs": 8, "updates": 4}
 Maker = Callable[..., Task]
 
 
@@ -39,7 +39,7 @@ def make(tokenizer: Tokenizer, tmp_path: Path) -> Maker:
     def build(name: str, **settings: Any) -> Task:
         data = from_dict(DataConfig, {"name": name, "train_length": 2048, "tasks": SMALL | settings})
         text = prose(tokenizer, tmp_path) if name in IN_TEXT else None
-        return build_task(name, data, tokenizer, VOCABULARY, text)
+        return build_task(name, data, tokenizer, text)
 
     return build
 
