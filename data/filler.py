@@ -15,7 +15,7 @@ class Filler:
     def __init__(self, tokenizer: Tokenizer) -> None:
         sentences = [tokenizer.encode(sentence) for sentence in FILLER]
         self.ids = np.concatenate(sentences)
-        self.endings = np.cumsum([len(ids) for ids in sentences])
+        self.endings: Ints = np.cumsum([len(ids) for ids in sentences])
         # distance from each offset in the period to the first sentence end at or after it
         offsets = np.arange(len(self.ids))
         self._to_sentence_end: Ints = ((self.endings[None] - offsets[:, None]) % len(self.ids)).min(1)
@@ -26,7 +26,8 @@ class Filler:
 
     def snap(self, phase: Ints | int, column: Ints | int) -> Ints:
         """The first sentence end at or after `column` of a text."""
-        return np.asarray(column) + self._to_sentence_end[(column + phase) % len(self.ids)]
+        forward: Ints = self._to_sentence_end[(column + phase) % len(self.ids)]
+        return forward + column
 
     def tokens(self, phase: Ints, column: Ints) -> Ints:
         """Tokens at columns (n, w) of texts that begin at phases (n,)."""
