@@ -10,8 +10,8 @@ Needs the optional extra: .venv/bin/pip install -c constraints.txt -e '.[lm-eval
 
 Contexts are read in segments of `segment` tokens with the state carried, so memory is flat in length; a
 context that several answers share is read once. A request above `max_length`, if one is given, is an error.
-Writes run_dir (default: a new directory under runs/): harness.json, lengths.jsonl (tokens behind every
-request), result.json, config.yaml; records an MLflow run.
+Writes run_dir (default: a new directory under runs/): harness.json, scores.jsonl (every question's
+scores and tokens), result.json, config.yaml; records an MLflow run.
 """
 
 from importlib.util import find_spec

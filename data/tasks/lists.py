@@ -6,6 +6,7 @@ A list is cut to its length within its first item, which is never asked for.
 import uuid
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -64,6 +65,7 @@ class MultiKey(ListTask):
     def __init__(self, tokenizer: Tokenizer, filler_weight: float | None, uuids: bool) -> None:
         super().__init__(tokenizer, filler_weight)
         self.uuids, self.filler = uuids, Filler(tokenizer).ids
+        self._last: tuple[Any, list[tuple[str, str]], list[Ints]] | None = None
         made = [self._items(np.random.default_rng([0, i]), 1) for i in range(SAMPLES)]
         self._item = np.mean([len(tokenizer.encode(_state(*items[0]))) for items in made])
         asked = [tokenizer.encode_batch(_ask(*items[0])) for items in made]
@@ -79,10 +81,8 @@ class MultiKey(ListTask):
 
     def write(self, length: int, draw: Draw) -> tuple[Ints, Ints, list[Ints], float]:
         require_fits(length, self.shortest(), "niah_multikey")
-        # More items than fit, of which the last are kept: the list does not depend on the question.
-        n = 2 + int(length / self._item * 1.2) + 8
-        items = self._items(draw.shared(), n)
-        encoded = self.tokenizer.encode_batch([_state(*item) for item in items])
+        items, encoded = self._list(length, draw)
+        n = len(items)
         sizes = np.array([len(ids) for ids in encoded])
         whole = int(np.searchsorted(np.cumsum(sizes[::-1]), length - self._tail, side="right"))
         own = draw.private()
@@ -93,6 +93,14 @@ class MultiKey(ListTask):
         pad = np.take(self.filler, np.arange(-left, 0), mode="wrap")
         ids = np.concatenate(encoded)[-room:]
         return ids, np.concatenate([pad, question]), [answer], 1 - int(sizes[asked:].sum()) / room
+
+    def _list(self, length: int, draw: Draw) -> tuple[list[tuple[str, str]], list[Ints]]:
+        """More items than fit, of which the last are kept; those of the last haystack are not made again."""
+        key = (length, draw.haystack)
+        if self._last is None or self._last[0] != key:
+            items = self._items(draw.shared(), 10 + int(length / self._item * 1.2))
+            self._last = key, items, self.tokenizer.encode_batch([_state(*item) for item in items])
+        return self._last[1:]
 
     def _items(self, rng: Generator, n: int) -> list[tuple[str, str]]:
         if self.uuids:

@@ -68,8 +68,8 @@ def prompts(task: Task, length: int, depths: int, texts: int, seed: int) -> Layo
     """A prompt at each depth of every text. Texts, keys and depths depend on the seed alone."""
     draws = [
         Draw((STREAM, seed, text, 0), (STREAM, seed, text, 1, depth), (depth / depths, (depth + 1) / depths))
-        for depth in range(depths)
         for text in range(texts)
+        for depth in range(depths)
     ]
     return task.layout(length, draws)
 

@@ -2,7 +2,8 @@
 
 import json
 import time
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from lightning_modules.tracking import Tracker
 
 def run_harness(config: HarnessConfig) -> dict[str, Any]:
     """Ask every task; returns the contents of result.json. The harness' own results are in harness.json, the
-    length of every request in lengths.jsonl.
+    scores of every question in scores.jsonl, each with its length.
 
     Raises:
         ValueError: checkpoint, device, a task or a request's length cannot be used.
@@ -84,21 +85,19 @@ def run_harness(config: HarnessConfig) -> dict[str, Any]:
             random_seed=config.seed,
             numpy_random_seed=config.seed,
             fewshot_random_seed=config.seed,
-            log_samples=False,
+            log_samples=True,
         )
         assert answered is not None
+        scores = scored(answered.pop("samples"), model.lengths)
         lengths = summarise(model.lengths)
-        for task, row in lengths.items():
-            answered["results"].setdefault(task, {}).update(
-                {f"tokens_{name}": value for name, value in row.items()}
-            )
+        answered["tokens"] = lengths
         text = json.dumps(answered, indent=2, default=handle_non_serializable)
         write_output(run_dir / "harness.json", text + "\n")
-        lines = "".join(json.dumps(asdict(length)) + "\n" for length in model.lengths)
-        write_output(run_dir / "lengths.jsonl", lines)
-        numbers = metrics(answered["results"]) | {"memory/peak_mib": peak_memory_mib(subject.device)}
+        lines = "".join(json.dumps(row, default=handle_non_serializable) + "\n" for row in scores)
+        write_output(run_dir / "scores.jsonl", lines)
+        numbers = metrics(answered["results"], lengths) | {"memory/peak_mib": peak_memory_mib(subject.device)}
         tracker.log_metrics(numbers, step=0)
-        for name in ("config.yaml", "harness.json", "lengths.jsonl"):
+        for name in ("config.yaml", "harness.json", "scores.jsonl"):
             tracker.log_artifact(run_dir / name)
         result = {
             "status": "completed",
@@ -116,6 +115,20 @@ def run_harness(config: HarnessConfig) -> dict[str, Any]:
     return result
 
 
+def scored(samples: dict[str, list[dict[str, Any]]], lengths: Sequence[Length]) -> list[dict[str, Any]]:
+    """Every question's scores, and the tokens of its longest request."""
+    longest: dict[tuple[str, int], int] = {}
+    for length in lengths:
+        key = (length.task, length.doc_id)
+        longest[key] = max(length.tokens, longest.get(key, 0))
+    return [
+        {"task": task, "doc_id": sample["doc_id"], "tokens": longest.get((task, sample["doc_id"]))}
+        | {name: sample[name] for name in sample["metrics"]}
+        for task, rows in samples.items()
+        for sample in rows
+    ]
+
+
 def summarise(lengths: list[Length]) -> dict[str, dict[str, float]]:
     """Per task: how many requests, and the shortest, median and longest of them in tokens."""
     found = {}
@@ -130,9 +143,10 @@ def summarise(lengths: list[Length]) -> dict[str, dict[str, float]]:
     return found
 
 
-def metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """`task/metric` -> number; the harness calls a metric `acc,none` after its filter."""
-    return {
+def metrics(results: dict[str, dict[str, Any]], lengths: dict[str, dict[str, float]]) -> dict[str, float]:
+    """`harness/task/metric` -> number; the harness calls a metric `acc,none` after its filter."""
+    longest = {f"harness/{task}/longest_tokens": float(row["longest"]) for task, row in lengths.items()}
+    return longest | {
         f"harness/{task}/{name.removesuffix(',none').replace(',', '/')}": float(value)
         for task, row in results.items()
         for name, value in row.items()
@@ -141,10 +155,12 @@ def metrics(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def _print_lengths(lengths: dict[str, dict[str, float]], train_length: int) -> None:
-    title = f"Tokens behind each score; nothing was truncated (trained at {train_length:,})"
-    table = Table(title=title, title_justify="left")
+    console = Console(highlight=False)
+    said = f"Tokens behind each score; nothing was truncated (trained at {train_length:,}):"
+    console.print(said, soft_wrap=True)
+    table = Table()
     for name in ("task", "requests", "shortest", "median", "longest"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for task, row in lengths.items():
         table.add_row(task, *(f"{row[name]:,.0f}" for name in list(row)))
-    Console(highlight=False).print(table)
+    console.print(table)

@@ -88,7 +88,8 @@ def test_local_tasks_are_answered_whole_and_with_their_lengths(
     names = "tasks=[tiny_choice,tiny_rolling,tiny_writing]"
     command = [f"checkpoint={checkpoint}", names, f"include_path={tasks}", "tracking.enabled=false"]
     main([*command, f"run_dir={tmp_path / 'out'}", "segment=256", "rows=4"])
-    results = json.loads((tmp_path / "out" / "harness.json").read_text())["results"]
+    found = json.loads((tmp_path / "out" / "harness.json").read_text())
+    results, tokens = found["results"], found["tokens"]
     texts = [json.loads(line)["question"] for line in (tasks / "questions.jsonl").read_text().splitlines()]
 
     from lightning_modules.checkpoints import load_model
@@ -116,12 +117,15 @@ def test_local_tasks_are_answered_whole_and_with_their_lengths(
     bits = -sum(log_p(text, 0) for text in texts) / sum(map(len, texts)) / math.log(2)
     assert results["tiny_rolling"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-4)
     longest = max(map(len, texts))
-    assert longest > 2000  # many times the training length, and the segment
-    assert results["tiny_rolling"]["tokens_longest"] == 1 + longest
-    assert results["tiny_choice"]["tokens_longest"] == longest + len(" maybe")
-    assert results["tiny_writing"]["tokens_shortest"] == min(map(len, texts)) + 7
-    lines = (tmp_path / "out" / "lengths.jsonl").read_text().splitlines()
-    assert len(lines) == 5 * 3 + 5 + 5
+    assert longest > 1500  # many times the training length, and the segment
+    assert tokens["tiny_rolling"]["longest"] == 1 + longest
+    assert tokens["tiny_choice"]["longest"] == longest + len(" maybe")
+    assert tokens["tiny_writing"]["shortest"] == min(map(len, texts)) + 7
+    scores = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
+    assert len(scores) == 3 * 5
+    counted = {row["doc_id"]: row["tokens"] for row in scores if row["task"] == "tiny_choice"}
+    assert counted == {i: len(text) + len(" maybe") for i, text in enumerate(texts)}
+    assert np.mean([row["acc"] for row in scores if row["task"] == "tiny_choice"]) == pytest.approx(right)
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["metrics"]["harness/tiny_choice/acc"] == pytest.approx(right)
     assert "nothing was truncated (trained at 128)" in capsys.readouterr().out
