@@ -515,6 +515,9 @@ class EvaluateConfig(MeasureConfig):
         known = bool(self.suites) and set(self.suites) <= set(SUITES)
         require(known, "suites", self.suites, f"choose from [{', '.join(SUITES)}]")
         require(len(set(self.suites)) == len(self.suites), "suites", self.suites, "give each once")
+        drawn = bool(set(self.suites) - {"states", "perplexity"})
+        remedy = "mitigation.name=all compares curves: add passkey, loss or a task"
+        require(drawn or not compares, "suites", self.suites, remedy)
 
 
 @dataclass(kw_only=True)
