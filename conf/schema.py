@@ -240,6 +240,9 @@ class TrainerConfig:
         "auto", "auto: ddp as soon as there are several devices; deepspeed: ZeRO, see section deepspeed"
     )
     precision: Literal["32-true", "bf16-mixed"] = option("32-true", "bf16-mixed: states, decays in fp32")
+    cuda_graphs: bool = option(
+        False, "launch a micro-batch, forward and backward, as one CUDA graph: faster where few tokens fit"
+    )
     threads: int | None = option(None, "CPU threads of this process; none: all cores")
     log_every: int = option(10, "optimizer steps between logged points")
     val_every: int = option(100, "optimizer steps between validations")
@@ -335,6 +338,7 @@ class TrainConfig:
         fits = ids is None or ids <= self.model.vocab_size
         require(fits, "data.tasks.vocabulary", ids, remedy)
         self._check_deepspeed()
+        self._check_cuda_graphs()
         self._check_initial_state(rows=self.data.batch_size // shares)
         self._check_mitigation()
         if self.trainer.context_parallel > 1:
@@ -381,6 +385,18 @@ class TrainConfig:
             factor, remedy = self.probe.factor, "the probe reads whole parameters: use deepspeed.stage=2, or "
             remedy += "0 and python -m lightning_modules.diagnose on a checkpoint"
             require(factor == 0, "probe.factor", factor, remedy)
+
+    def _check_cuda_graphs(self) -> None:
+        if not self.trainer.cuda_graphs:
+            return
+        name, trainer, segments = "trainer.cuda_graphs", self.trainer, self.initial_state.bptt_segments
+        require(trainer.accelerator != "cpu", name, "true", "needs a CUDA device: leave it out on a CPU")
+        remedy = "not with trainer.strategy=deepspeed, whose hooks a graph would not run: use ddp"
+        require(trainer.strategy != "deepspeed", name, "true", remedy)
+        remedy = "not with trainer.context_parallel above 1, whose ranks talk within a layer"
+        require(trainer.context_parallel == 1, name, "true", remedy)
+        remedy = f"not with initial_state.bptt_segments={segments}, whose gradients leave the micro-batch"
+        require(segments == 1, name, "true", remedy)
 
     def _check_mitigation(self) -> None:
         rule = self.mitigation
@@ -473,13 +489,16 @@ class StatesEvalConfig:
 class MeasureConfig:
     """What every command that measures one checkpoint takes."""
 
-    checkpoint: str = option("", "run directory or checkpoint file")
+    checkpoint: str = option("", "run directory, checkpoint file, or directory of a published model")
     run_dir: str | None = option(None, "where results go; none: a new directory under runs/")
     seed: int = option(1, "seed of the prompts")
     print_config: bool = option(False, "print the resolved config and stop")
     segment: int = option(4096, "tokens per forward pass, over all rows: memory grows with it alone")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "device")
     threads: int | None = option(None, "CPU threads; none: all cores")
+    data: dict[str, Any] = option(
+        {}, "of a checkpoint without a training config: data.train_length=N data.tokenizer=... as in train"
+    )
     mitigation: MitigationConfig = section(MitigationConfig)
     tracking: TrackingConfig = section(TrackingConfig)
 

@@ -6,7 +6,7 @@ of a grid (the extremes of a range) by building the whole config of that trial.
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from conf.capacity import RETRY_SEED, CapacityConfig, rows_for, run_point, state_sizes
 from conf.load import parse
@@ -130,6 +130,26 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.study), "study", "''", "give the study directory: study=DIR")
+
+
+@dataclass(kw_only=True)
+class RegisterConfig:
+    """The best model of a sweep, registered in MLflow."""
+
+    study: str = option("", "the study directory")
+    name: str = option("", "of the registered model; a name that exists gets a new version")
+    stage: Literal["train", "confirm"] = option(
+        "train", "best by what: train: the models' objective; confirm: the comparison of mitigations"
+    )
+    trial: int | None = option(None, "number of the training trial to register; none: the best of the stage")
+    layout: Literal["hf", "ours", "state-spaces"] = option("hf", "layout of the files, as in convert")
+    max_shard_size: str = option("5GB", "layout=hf: largest file of weights, e.g. 500MB")
+
+    def __post_init__(self) -> None:
+        require(bool(self.study), "study", "''", "give the study directory: study=DIR")
+        require(bool(self.name), "name", "''", "give the registered model's name: name=NAME")
+        taken = any(letter in self.name for letter in "/:.%\"'")
+        require(not taken, "name", self.name, "must hold none of / : . % and quotes")
 
 
 def train_base(config: SweepConfig) -> TrainConfig:

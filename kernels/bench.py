@@ -2,6 +2,7 @@
 
     python -m kernels.bench suite=model [key=value ...]   a small model's training step, on the CPU
     python -m kernels.bench suite=ops [key=value ...]     every operator, on a GPU
+    python -m kernels.bench suite=training [...]          a large model's step at several lengths, on a GPU
 
 Without `suite`: ops where CUDA is there, model elsewhere. `suite=... --help` lists the settings of each.
 """
@@ -11,7 +12,11 @@ import sys
 
 from conf.load import die, from_command_line
 
-SUITES = {"model": "kernels.benchmarks.model", "ops": "kernels.benchmarks.operators"}
+SUITES = {
+    "model": "kernels.benchmarks.model",
+    "ops": "kernels.benchmarks.operators",
+    "training": "kernels.benchmarks.training",
+}
 
 
 def suite_of(argv: list[str]) -> str:

@@ -1,8 +1,8 @@
-"""Exact backpropagation through sequences of any length: read in segments, each recomputed when it is needed.
+"""Exact backpropagation through sequences of any length: read in segments, all but the last recomputed.
 
-Forward keeps ids and the state at each border. Backward begins with the last segment: it reads it again, with
-what a step needs to be differentiated, takes the gradients of its loss and of the state after it back to the
-state before it, lets everything go, and turns to the segment before. Peak memory is that of one segment; the
+Forward keeps ids and the state at each border, and of the last segment what its gradients need. Backward
+begins there: it takes the gradients of the segment's loss and of the state after it back to the state before
+it, lets everything go, reads the segment before once more, and so on. Peak memory is that of one segment; the
 gradients are those of one long forward pass, since states carry all that later tokens know of earlier ones.
 
 To autograd this is one graph, walked once: a parameter's gradient is whole when its hooks run, so that DDP
@@ -66,12 +66,13 @@ def segmented_losses(
     if length is None or length >= ids.shape[1]:
         return read(Segment(ids, targets, document_starts), state)
     losses: list[Tensor] = []
-    for index, span in enumerate(spans(ids.shape[1], length)):
+    pieces = spans(ids.shape[1], length)
+    for index, span in enumerate(pieces):
         starts = None if document_starts is None else document_starts[:, span]
         segment = Segment(ids[:, span], targets[:, span], starts)
         if state is not None and truncate_after is not None and index > 0 and index % truncate_after == 0:
             state = state.detach()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and index + 1 < len(pieces):
             some, state = checkpoint(read, segment, state, use_reentrant=False, preserve_rng_state=False)
         else:
             some, state = read(segment, state)

@@ -63,11 +63,8 @@ def _mamba_ssm(base: str) -> list[Contender]:
 
         return _by_chunk(scan)
     if base == "layer":
-        if _mamba("ssd_combined").causal_conv1d_fwd_function is None:
-            raise ImportError("its layer needs causal_conv1d")
-        return _by_chunk(
-            functools.partial(_mamba_layer, _mamba("ssd_combined").mamba_split_conv1d_scan_combined)
-        )
+        _mamba_combined()  # here, or absent
+        return _by_chunk(_mamba_layer)
     if base == "step":
         update = _mamba("selective_state_update").selective_state_update
         return [Contender("mamba_ssm", lambda given: _updated(update, given), prepare=_per_channel)]
@@ -100,11 +97,23 @@ def _mamba(module: str) -> Any:
     return importlib.import_module(f"mamba_ssm.ops.triton.{module}")
 
 
-def _mamba_layer(combined: Any, given: Inputs, chunk: int) -> Outputs:
-    m = given["module"]
+def _mamba_layer(given: Inputs, chunk: int) -> Outputs:
+    module = given["module"]
+    return (fused_mamba_layer(module, F.linear(given["u"], module.in_proj.weight), chunk),)
+
+
+def _mamba_combined() -> Any:
+    module = _mamba("ssd_combined")
+    if module.causal_conv1d_fwd_function is None:
+        raise ImportError("its layer needs causal_conv1d")
+    return module.mamba_split_conv1d_scan_combined
+
+
+def fused_mamba_layer(m: Any, mixed: Tensor, chunk: int, **options: Any) -> Any:
+    """What mamba_ssm makes of in_proj's output with our layer's parameters. Raises ImportError."""
     c = m.config
-    out = combined(
-        F.linear(given["u"], m.in_proj.weight),
+    return _mamba_combined()(
+        mixed,
         m.conv1d.weight[:, 0],
         m.conv1d.bias,
         m.dt_bias,
@@ -117,8 +126,8 @@ def _mamba_layer(combined: Any, given: Inputs, chunk: int) -> Outputs:
         headdim=c.headdim,
         ngroups=c.n_groups,
         norm_before_gate=False,
+        **options,
     )
-    return (out,)
 
 
 def _per_channel(given: Inputs) -> Inputs:

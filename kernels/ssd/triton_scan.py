@@ -181,7 +181,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor, dfinal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, (sums, inserts, borders) = ctx.saved_tensors[:-3], ctx.saved_tensors[-3:]
+    saved = ctx.saved_tensors  # read once: a second time a checkpoint refuses
+    inputs, (sums, inserts, borders) = saved[:-3], saved[-3:]
     rate, log_alpha, weight, bias, insert = inputs[2:7]
     D = inputs[9]
     if not in_reach(dy):

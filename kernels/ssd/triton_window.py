@@ -170,7 +170,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    tensors, kept = ctx.saved_tensors[:11], ctx.saved_tensors[11:]
+    saved = ctx.saved_tensors  # read once: a second time a checkpoint refuses
+    tensors, kept = saved[:11], saved[11:]
     D, (rate, log_alpha, weight, bias, insert) = tensors[3], tensors[6:]
     if not in_reach(dy):
         dy = dy.contiguous()

@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.layout import Layout
-from lightning_modules.evaluation.streaming import Reader
-from lightning_modules.state import ModelState
+from lightning_modules.evaluation.streaming import AnyState, Reader
 
 # Rows that leave the shared prefix together, which makes the passes behind the branch wider: those whose
 # branches lie within NEAR tokens, or this share of the prompt, and so re-read at most that much.
@@ -56,7 +55,7 @@ def score(reader: Reader, layout: Layout) -> Score:
     scores = Score(np.zeros(n), np.zeros(n), np.zeros(n, bool), np.zeros(n, bool), np.zeros(n))
     branches, shared_rows, shared_row = _plan(layout)
     shared = layout.rows(shared_rows)
-    state: ModelState | None = None
+    state: AnyState | None = None
     position = 0
     for branch, block in _blocks(layout, branches):
         if branch > 0:
@@ -130,7 +129,7 @@ def _blocks(layout: Layout, branches: NDArray[np.int64]) -> Iterator[tuple[int, 
 
 @torch.inference_mode()
 def _ask(
-    reader: Reader, rows: Layout, state: ModelState | None, begin: int
+    reader: Reader, rows: Layout, state: AnyState | None, begin: int
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Read from `begin` to the end; the fields of `Score`."""
     n, parts = len(rows), rows.parts

@@ -16,7 +16,6 @@ from conf.schema import EvaluateConfig, MeasureConfig, TrainConfig
 from conf.tasks import TASKS
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.settle import settle_calibration
-from lightning_modules.checkpoints import load_config, load_model
 from lightning_modules.evaluation.conclusion import conclude, exact_by_length, metrics
 from lightning_modules.evaluation.report import accuracy_table, draw_figures, print_summary
 from lightning_modules.evaluation.states import StatesSuite, plan_states, state_metrics
@@ -27,6 +26,8 @@ from lightning_modules.evaluation.tasks import metrics as task_metrics
 from lightning_modules.evaluation.texts import PerplexitySuite, plan_perplexity
 from lightning_modules.evaluation.texts import metrics as perplexity_metrics
 from lightning_modules.figures import save
+from lightning_modules.guests.guest import Guest
+from lightning_modules.guests.load import load_subject
 from lightning_modules.measuring import (
     choose_device,
     identity,
@@ -36,6 +37,7 @@ from lightning_modules.measuring import (
     show_progress,
     to_json,
     tokenizer_of,
+    trained_config,
     write_output,
 )
 from lightning_modules.memory import peak_memory_mib
@@ -49,7 +51,7 @@ from lightning_modules.tracking import Tracker
 class Subject:
     """A checkpoint, loaded, and how it was trained."""
 
-    model: Mamba2LM
+    model: Mamba2LM | Guest
     trained: TrainConfig
     device: torch.device
 
@@ -58,8 +60,8 @@ class Subject:
         """Raises ValueError (one line) where the checkpoint or the device cannot be used."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        device, trained = choose_device(config.device), load_config(config.checkpoint)
-        return cls(load_model(config.checkpoint, device=device), trained, device)
+        device, trained = choose_device(config.device), trained_config(config)
+        return cls(load_subject(config.checkpoint, device), trained, device)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -188,8 +190,10 @@ def _lengths(
     return read + ([] if passkey is None else [row["length"] for row in passkey["recent"]])
 
 
-def _state_mib(model: Mamba2LM, mitigation: LayerMitigations) -> float:
+def _state_mib(model: Mamba2LM | Guest, mitigation: LayerMitigations) -> float:
     """What one sequence's recurrent state takes, however long the sequence."""
+    if isinstance(model, Guest):
+        return model.state_bytes() / 2**20
     return ModelState.zeros(model.config, 1, "meta", model.lm_head.weight.dtype, mitigation).nbytes / 2**20
 
 

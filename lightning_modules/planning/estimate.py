@@ -86,7 +86,7 @@ def estimate(config: TrainConfig, device: Device) -> Estimate:
     if device.on_gpu:
         of_scan = 2 * e * rows * segment / sizes.STATE_CHUNK * c.n_heads * c.headdim * c.d_state
         activations += min(of_scan, max(SLAB_BYTES, of_scan / 16))
-    passes = 3 if segments == 1 else 4  # forward, backward as two, and once more forward
+    passes = 4 - 1 / segments  # forward, backward as two, and once more forward but for the last segment
     tokens = config.data.batch_size * config.data.train_length
     speed = config.trainer.ranks * device.flops * device.efficiency
     return Estimate(

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def test_report_shows_failures_beside_numbers(tmp_path: Path) -> None:
     assert "RuntimeError: refused" in text
     assert "failed: RuntimeError: refused" in report.line(failed)
     assert report.figure(rows, tmp_path / "bench.png").stat().st_size > 5000
-    report.write(tmp_path / "bench.json", BenchConfig(), H200, rows)
+    report.write(tmp_path / "bench.json", asdict(BenchConfig()), H200, rows)
     assert json.loads((tmp_path / "bench.json").read_text())["rows"] == rows
 
 
@@ -213,6 +214,19 @@ def test_the_suite_follows_the_machine() -> None:
 
 
 @pytest.mark.slow
+def test_training_at_two_lengths(tmp_path: Path) -> None:
+    sizes = ("d_model=64", "n_layers=1", "d_state=16", "headdim=32", "vocab_size=64")
+    path, cut = tmp_path / "training.json", ("lengths=[64,256]", "at_once=128", "rounds=1")
+    rows = run_bench(path, "suite=training", *sizes, *cut, "peers=[]")
+    assert [(row["rows"], row["segment"]) for row in rows] == [(2, None), (1, 128)]
+    assert all(row["tokens_per_second"] > 0 and row["peak_gib"] > 0 for row in rows)
+
+
+def test_training_refuses_lengths_that_cannot_be_cut(refused: Callable[..., str]) -> None:
+    said = refused(bench.main, "suite=training", "lengths=[100]", "at_once=64")
+    assert said == "error: lengths=[100]: must divide at_once=64 or be multiples of it\n"
+
+
 def test_model_suite_keeps_its_arguments_and_rows(tmp_path: Path) -> None:
     sizes = ("d_model=32", "n_layers=1", "d_state=16", "headdim=16", "length=256", "rounds=1")
     rows = run_bench(tmp_path / "model.json", *sizes, "suite=model", "peers=[plain]")

@@ -9,8 +9,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_modules.checkpoints import load_model
+from sweeps import register
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +40,8 @@ def command(tmp_path: Path) -> list[str]:
 
 
 def test_real_sweep_survives_a_kill_and_doubles_nothing(command, tmp_path):
-    trial = tmp_path / "study" / "train" / "trial-0000"
+    study = tmp_path / "study"
+    trial = study / "train" / "trial-0000"
     with (tmp_path / "output.txt").open("w") as output:
         first = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
         wait_for(trial / "checkpoints" / "step=0000040.ckpt", first)
@@ -76,9 +83,38 @@ def test_real_sweep_survives_a_kill_and_doubles_nothing(command, tmp_path):
         "figures",
     }
 
+    require_registered(study, tmp_path, client, train)
+
     by_hand = [sys.executable, "-m", "lightning_modules.train", str(trial / "config.yaml")]
     done = subprocess.run(by_hand, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith(f"completed: {trial}/result.json"), done.stdout + done.stderr
+
+
+def require_registered(study: Path, tmp_path: Path, client: MlflowClient, run: Run) -> None:
+    """One command registers the best model with its card, once; transformers loads what it fetches."""
+    for _ in range(2):
+        assert register.main([f"study={study}", "name=smoke"]) == 0
+    (version,) = client.search_model_versions("name = 'smoke'")
+    assert version.run_id == run.info.run_id
+    assert client.get_model_version_by_alias("smoke", "best").version == version.version
+    card = version.description
+    assert "- 150 steps at 128 tokens" in card
+    assert "## Passkey" in card
+    assert "| 128 | 0.00" in card
+    assert version.tags["trial"] == "0000"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+        folder = download_artifacts("models:/smoke@best")
+    assert card in (Path(folder) / "README.md").read_text()
+    ids = torch.tensor([AutoTokenizer.from_pretrained(folder)("The pass key is")["input_ids"]])
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder), load_model(study / "train" / "trial-0000")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-4, rtol=1e-4)
+    register.main([f"study={study}", "name=smoke", "stage=confirm"])
+    assert len(client.search_model_versions("name = 'smoke'")) == 2
+    for wrong in ("trial=7", "name=a/b"):
+        with pytest.raises(SystemExit):
+            register.main([f"study={study}", "name=smoke", wrong])
 
 
 def parent_name(run: Run, runs: dict[str, Run]) -> str | None:
