@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from numpy.typing import NDArray
 
+from data.batches import batched
 from data.tokenizers import Tokenizer
 from lightning_modules.lm_harness.reading import BatchReader
 
@@ -61,30 +63,26 @@ class LongstateLM(LM):
         return found
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Greedy continuations, up to the first of the task's stop strings."""
+        """Continuations up to the first of a task's stop strings; requests of equal settings side by side."""
         contexts = [self._encode_context(request.args[0]) for request in requests]
-        plans = [self._plan(request.args[1]) for request in requests]
-        self._check(requests, [len(c) + most for c, (most, _) in zip(contexts, plans, strict=True)])
-        read = [0] * len(requests)
-        order = sorted(range(len(requests)), key=lambda i: (plans[i][0], len(contexts[i])))
-        found = [""] * len(requests)
-        for start in range(0, len(order), self.reader.rows):
-            batch = order[start : start + self.reader.rows]
-            stops = [plans[i][1] for i in batch]
-
-            def done(row: int, written: list[int], stops: list[list[str]] = stops) -> bool:
-                if written[-1] == self.tokenizer.eos_id:
-                    return True
-                text = self.tokenizer.decode(written)
-                return any(stop in text for stop in stops[row])
-
-            most = max(plans[i][0] for i in batch)
-            rows = self.reader.continue_greedily([contexts[i] for i in batch], most, done)
-            for i, written in zip(batch, rows, strict=True):
-                written = written[: plans[i][0]]
-                read[i] = len(contexts[i]) + len(written)
-                found[i] = self._finish(written, plans[i][1])
-                self.cache_hook.add_partial("generate_until", requests[i].args, found[i])
+        plans = [self._decoding(request.args[1]) for request in requests]
+        most = [plan["max_new_tokens"] for plan in plans]
+        self._check(requests, [len(c) + n for c, n in zip(contexts, most, strict=True)])
+        order = sorted(range(len(requests)), key=lambda i: (str(plans[i]), len(contexts[i])))
+        found, read = [""] * len(requests), [0] * len(requests)
+        for _, alike in groupby(order, key=lambda i: str(plans[i])):
+            for batch in batched(alike, self.reader.rows):
+                prompts = [contexts[i] for i in batch]
+                done = self.reader.model.generate(
+                    prompts,
+                    tokenizer=self.tokenizer,
+                    mitigation=self.reader.rule(max(map(len, prompts)) + most[batch[0]]),
+                    segment_length=self.reader.segment,
+                    **plans[batch[0]],
+                )
+                for i, row in zip(batch, done.rows, strict=True):
+                    found[i], read[i] = row.text, len(contexts[i]) + len(row.tokens)
+                    self.cache_hook.add_partial("generate_until", requests[i].args, row.text)
         self._note(requests, read)
         return found
 
@@ -106,27 +104,18 @@ class LongstateLM(LM):
     def _beginning(self) -> Ints:
         return np.array([self.tokenizer.eos_id])
 
-    def _plan(self, settings: dict[str, Any]) -> tuple[int, list[str]]:
-        """(most tokens, stop strings). Raises ValueError for what is not greedy."""
-        sampled = settings.get("do_sample", False) and settings.get("temperature", 1.0) > 0
-        if sampled:
-            raise ValueError(
-                f"tasks: a task samples its answers ({settings}), this model answers greedily: set "
-                "do_sample: false in its generation_kwargs"
-            )
+    def _decoding(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """A task's generation_kwargs as `conf.generate_schema.DecodingConfig` has them; greedy unless it says
+        do_sample."""
         until = settings.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
         names = ("max_gen_toks", "max_new_tokens", "max_tokens")
         most = next((settings[name] for name in names if settings.get(name)), self.max_new_tokens)
-        return int(most), [stop for stop in stops if stop]
-
-    def _finish(self, written: list[int], stops: Sequence[str]) -> str:
-        if self.tokenizer.eos_id in written:
-            written = written[: written.index(self.tokenizer.eos_id)]
-        text = self.tokenizer.decode(written)
-        for stop in stops:
-            text = text.split(stop)[0]
-        return text
+        plan: dict[str, Any] = {"max_new_tokens": int(most), "stop": [stop for stop in stops if stop]}
+        if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+            plan["temperature"] = float(settings.get("temperature", 1.0))
+            plan |= {name: settings[name] for name in ("top_k", "top_p", "min_p") if settings.get(name)}
+        return plan
 
     def _check(self, requests: Sequence[Instance], tokens: Sequence[int]) -> None:
         """Raises ValueError for a request above `max_length`."""

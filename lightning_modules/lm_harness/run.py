@@ -15,6 +15,7 @@ from rich.table import Table
 
 from conf.harness_schema import HarnessConfig
 from conf.load import to_yaml
+from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.settle import settle_calibration
 from lightning_modules.evaluation.run import Subject
 from lightning_modules.lm_harness.model import Length, LongstateLM
@@ -42,7 +43,12 @@ def run_harness(config: HarnessConfig) -> dict[str, Any]:
     """
     started = time.monotonic()
     subject = Subject.load(config)
-    rule = settle_calibration(config.mitigation, config, subject.trained, subject.model)
+    own = subject.model
+    if not isinstance(own, Mamba2LM):
+        raise ValueError(
+            f"checkpoint={config.checkpoint}: is of transformers' own: ask it by `lm_eval --model hf`"
+        )
+    rule = settle_calibration(config.mitigation, config, subject.trained, own)
     config = replace(config, mitigation=rule)
 
     def mitigation(length: int) -> LayerMitigations:
@@ -64,7 +70,7 @@ def run_harness(config: HarnessConfig) -> dict[str, Any]:
         print(f"{run_dir}: holds this run of the harness already")
         return result
     write_output(run_dir / "config.yaml", to_yaml(replace(config, run_dir=None)))
-    reader = BatchReader(subject.model, mitigation, config.segment, config.rows)
+    reader = BatchReader(own, mitigation, config.segment, config.rows)
     model = LongstateLM(
         reader, tokenizer_of(config, subject.trained), config.max_length, config.max_new_tokens
     )
