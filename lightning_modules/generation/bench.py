@@ -20,6 +20,7 @@ from lightning_modules.generation.sampling import Sampler
 from lightning_modules.generation.step import Step, make_step
 from lightning_modules.measuring import choose_device, show_progress, to_json
 from lightning_modules.mitigations import build_mitigation
+from lightning_modules.state import ModelState
 
 BLOCK = 4096  # random tokens are drawn in blocks, each from a generator of its own
 
@@ -41,7 +42,7 @@ def bench(config: GenerationBenchConfig) -> dict[str, Any]:
             reader = Reader(model, rules, config.segment_length, on_tokens)
             source = random_tokens(config.seed, config.batch_size, model.config.vocab_size)
             state, _ = reader.read(source, None, 0, position, keep=1)
-        assert state is not None
+        assert isinstance(state, ModelState)
         sampler = Sampler(DecodingConfig(), model.config.vocab_size)
         steps[position] = make_step(model, state, rules, sampler, config.cuda_graph)
     seconds: dict[int, list[float]] = {position: [] for position in steps}

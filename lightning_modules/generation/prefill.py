@@ -33,8 +33,9 @@ def read_prompts(
         def source(low: int, high: int) -> NDArray[np.int64]:
             return np.stack([prompts[row][low:high] for row in rows])  # noqa: B023  # read at once
 
-        state, hidden = reader.read(source, state, begin, end, keep=1)
-        assert state is not None
+        after, hidden = reader.read(source, state, begin, end, keep=1)
+        assert isinstance(after, ModelState)
+        state = after
         ending = [i for i, row in enumerate(rows) if len(prompts[row]) == end]
         staying = [i for i, row in enumerate(rows) if len(prompts[row]) > end]
         if staying:

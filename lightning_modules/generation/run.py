@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from itertools import islice
+from pathlib import Path
 
 import torch
 
@@ -14,12 +15,14 @@ from conf.schema import MeasureConfig, TrainConfig
 from data.tokenizers import Tokenizer, load_tokenizer
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.settle import settle_calibration
-from lightning_modules.checkpoints import load_config, load_model
+from lightning_modules.checkpoints import find_config, load_model
+from lightning_modules.conversion.tokenizer_files import has_tokenizer
 from lightning_modules.evaluation.streaming import Reader
 from lightning_modules.generation.loop import Generator, Row, check_prompts
 from lightning_modules.generation.prefill import Prompt, read_prompts
 from lightning_modules.generation.prompts import Prompts
 from lightning_modules.generation.saved_state import load_state, require_writable, save_state
+from lightning_modules.guests.load import guest_config, is_guest
 from lightning_modules.measuring import choose_device, show_progress
 from lightning_modules.mitigations import LayerMitigations, build_mitigation
 from lightning_modules.state import ModelState
@@ -131,25 +134,25 @@ def _read_document(
 
 
 def _training_of(config: GenerateConfig) -> TrainConfig | None:
-    """The config that the checkpoint was trained with; None where it is unknown and not needed."""
-    try:
-        return load_config(config.checkpoint)
-    except ValueError as error:
-        if "saved without its training config" not in str(error):
-            raise
-        if config.tokenizer is None:
-            raise ValueError(
-                f"tokenizer=None: checkpoint={config.checkpoint} does not tell which it was trained with; "
-                "give tokenizer=bytes, a folder or a hub name"
-            ) from None
-        return None
+    """The config that the checkpoint was trained with; None where it is unknown. Refuses a guest."""
+    checkpoint = Path(config.checkpoint)
+    if is_guest(checkpoint):
+        raise ValueError(
+            f"checkpoint={checkpoint}: a {guest_config(checkpoint).family} of transformers is measured here, "
+            "not generated from: use transformers' own generate"
+        )
+    return find_config(checkpoint)
 
 
 def _tokenizer(config: GenerateConfig, trained: TrainConfig | None, model: Mamba2LM) -> Tokenizer:
-    name = config.tokenizer
+    name = config.tokenizer or (trained.data.tokenizer if trained is not None else None)
+    if name is None and has_tokenizer(Path(config.checkpoint)):
+        name = config.checkpoint
     if name is None:
-        assert trained is not None
-        name = trained.data.tokenizer
+        raise ValueError(
+            f"tokenizer=None: checkpoint={config.checkpoint} does not tell which it was trained with; "
+            "give tokenizer=bytes, a folder or a hub name"
+        )
     try:
         tokenizer = load_tokenizer(name)
     except ValueError as error:

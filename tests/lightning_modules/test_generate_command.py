@@ -20,6 +20,7 @@ from conf.load import parse
 from conf.schema import TrainConfig
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.checkpoints import load_model, save_model
+from lightning_modules.convert import main as convert
 from lightning_modules.generate import main
 from lightning_modules.generation import run as command
 from tests.lightning_modules.made_tokenizers import byte_level
@@ -61,6 +62,23 @@ def test_the_text_is_what_model_generate_makes(capsys: Any, checkpoint: Path) ->
     )
     assert out == expected.texts[0] + "\n"
     assert len(expected.texts[0]) > 10
+
+
+def test_a_published_model_speaks_as_it_is(capsys: Any, tmp_path: Path, checkpoint: Path) -> None:
+    """In another layout, with the tokenizer beside it or said; a guest is told apart."""
+    prompt = ("prompt=Hello", "max_new_tokens=20")
+    spoken = call(capsys, checkpoint, *prompt)
+    for layout in ("hf", "state-spaces"):
+        convert([f"source={checkpoint}", f"target={tmp_path / layout}", f"layout={layout}"])
+        capsys.readouterr()
+        assert call(capsys, tmp_path / layout, *prompt) == spoken
+    (tmp_path / "hf" / "tokenizer_config.json").unlink()
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    assert "give tokenizer=bytes" in refusal(capsys, f"checkpoint={tmp_path / 'hf'}", *prompt)
+    assert call(capsys, tmp_path / "hf", *prompt, "tokenizer=bytes") == spoken
+    guest = {"model_type": "rwkv", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 256}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(guest))
+    assert "use transformers' own generate" in refusal(capsys, f"checkpoint={tmp_path / 'hf'}", *prompt)
 
 
 def test_several_prompts_are_lines_of_json_and_as_each_alone(capsys: Any, checkpoint: Path) -> None:
