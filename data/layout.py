@@ -34,7 +34,8 @@ class Layout:
     """n prompts of `length` tokens. But for its skip the background goes on behind a piece where it was.
 
     Rows of one `group` hold the same tokens up to the nearer of their `branch`es, which all lie before the
-    first token of an answer. depth: where, in (0, 1), what is asked for stands; NaN where it has no place.
+    first token of an answer. depth: of what is asked for, a share in [0, 1) of where it could stand;
+    NaN where it has no place.
     """
 
     length: int

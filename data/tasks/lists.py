@@ -47,7 +47,7 @@ class ListTask(Task):
             if key not in lists:
                 lists[key] = len(arrays)
                 arrays.append(ids)
-            rows.append(Row(lists[key], [tail], lists[key], tail.start, depth * len(ids) / length))
+            rows.append(Row(lists[key], [tail], lists[key], tail.start, depth))
 
         def background(place: Ints, column: Ints) -> Ints:
             return np.stack([arrays[i].take(c, mode="clip") for i, c in zip(place, column, strict=True)])
@@ -92,7 +92,7 @@ class MultiKey(ListTask):
         left = self._tail - len(question) - len(answer)
         pad = np.take(self.filler, np.arange(-left, 0), mode="wrap")
         ids = np.concatenate(encoded)[-room:]
-        return ids, np.concatenate([pad, question]), [answer], 1 - int(sizes[asked:].sum()) / room
+        return ids, np.concatenate([pad, question]), [answer], (asked - n + whole) / whole
 
     def _list(self, length: int, draw: Draw) -> tuple[list[tuple[str, str]], list[Ints]]:
         """More items than fit, of which the last are kept; those of the last haystack are not made again."""

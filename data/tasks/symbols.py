@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.documents import mix
+from data.documents import mix_words
 from data.layout import Background, Ints, Layout, Piece
 from data.tasks.task import Draw, Row, Task, to_layout
 from data.tasks.text import require_fits
@@ -19,7 +19,7 @@ def noise(first: int, size: int) -> Background:
     """Tokens uniform in [first, first + size), each a hash of its row's place and its column."""
 
     def tokens(place: Ints, column: Ints) -> Ints:
-        words = mix(place.astype(np.uint64)[:, None] + column.astype(np.uint64))
+        words = mix_words(place.astype(np.uint64)[:, None] + column.astype(np.uint64))
         return (words % np.uint64(size)).astype(np.int64) + first
 
     return tokens
@@ -170,11 +170,12 @@ class InductionHeads(SymbolTask):
     def _row(self, length: int, draw: Draw) -> Row:
         rng = draw.private()
         ids = np.array([self.trigger, rng.integers(self.trigger)])
-        start = int(draw.draw_depth(rng) * (length - 3))
+        depth = draw.draw_depth(rng)
+        start = int(depth * (length - 3))
         tail = Piece(length - 2, ids, np.array([0, 1]))
         # Behind the pair the noise goes on where it would have been without it.
         pieces = [Piece(start, ids, skip=2), tail]
-        return Row(_noise_place(draw.haystack), pieces, draw.haystack, start, start / length)
+        return Row(_noise_place(draw.haystack), pieces, draw.haystack, start, depth)
 
 
 def _require_alphabet(alphabet: int, marks: int, vocabulary: int) -> None:

@@ -151,7 +151,7 @@ class TextTask(Task):
             column = int(needle.depth * (usual + 1))
             behind = skip if column > joint else 0
             found.append((min(self.haystack.snap(place, column + behind) - behind, text), needle.depth, i))
-        pieces, used, own, asked_at = [], 0, [], 0
+        pieces, used, own = [], 0, []
         for column, _, i in sorted(found):
             if joint < column and skip:
                 pieces.append(Piece(joint + used, NOTHING, skip=skip))
@@ -159,15 +159,13 @@ class TextTask(Task):
                 skip = 0
             if not story.shared:
                 own.append(column + used)
-            if i == story.asked:
-                asked_at = column + used
             pieces.append(Piece(column + used, story.needles[i].ids))
             used += len(story.needles[i].ids)
         if skip:
             pieces.append(Piece(joint + used, NOTHING, skip=skip))
             own.append(joint + used)
         tail = tail_piece(length, story.question, story.answer, self.marker)
-        depth = float("nan") if story.asked is None else asked_at / length
+        depth = float("nan") if story.asked is None else story.needles[story.asked].depth
         branch = min([*own, tail.start])
         key: Hashable = place
         if story.shared:

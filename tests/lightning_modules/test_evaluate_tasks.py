@@ -146,7 +146,7 @@ def test_a_grid_of_ten_depths_reads_its_text_once(
     reader = Reader(guesser, Mitigation(), 4096)
     answers.score(reader, layout)
     assert 0.9 < reader.tokens / length <= most
-    if name != "niah_essay":  # whose little text would be read round and round
+    if name != "niah_essay":  # whose text here is too short
         assert answers.tokens_to_read(prompts(task, 262_144, 10, 1, seed=1)) <= most * 262_144
 
 
