@@ -114,18 +114,16 @@ def _rich_table(evaluation: dict[str, Any]) -> Table:
 
 
 def _tasks_table(evaluation: dict[str, Any]) -> Table:
-    tasks, train_length = evaluation["tasks"], evaluation["train_length"]
+    tasks = evaluation["tasks"]
     mitigation = describe_mitigation(evaluation["mitigation"]) or "no mitigation"
-    table = Table(title=f"Answers right and 95% interval, {mitigation}", title_justify="left")
-    table.add_column("length", justify="right")
-    table.add_column("x trained", justify="right")
-    for name in tasks:
-        table.add_column(name, justify="right")
-    cells = {(name, row["length"]): row for name, task in tasks.items() for row in task["by_length"]}
-    for length in sorted({length for _, length in cells}):
-        rows = [cells.get((name, length)) for name in tasks]
-        shown = ["-" if row is None else _with_interval(row, "accuracy") for row in rows]
-        table.add_row(f"{length:,}", f"{length / train_length:g}", *shown)
+    table = Table(title=f"Answers right and 95% interval by length, {mitigation}", title_justify="left")
+    table.add_column("", no_wrap=True)
+    lengths = sorted({row["length"] for task in tasks.values() for row in task["by_length"]})
+    for length in lengths:
+        table.add_column(f"{length:,}", justify="right")
+    for name, task in tasks.items():
+        found = {row["length"]: _with_interval(row, "accuracy") for row in task["by_length"]}
+        table.add_row(name, *(found.get(length, "-") for length in lengths))
     return table
 
 
