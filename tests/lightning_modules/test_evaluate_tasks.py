@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from conf.load import from_dict, parse, to_dict
-from conf.schema import DataConfig, DocumentsConfig, ModelConfig, TrainConfig
+from conf.schema import DataConfig, DocumentsConfig, EvaluateConfig, ModelConfig, TrainConfig
 from conf.tasks import IN_TEXT, TASKS
 from data.layout import Layout
 from data.sources import locate
@@ -23,6 +23,7 @@ from lightning_modules.backbone import Mamba2LM
 from lightning_modules.checkpoints import write_checkpoint
 from lightning_modules.evaluate import main
 from lightning_modules.evaluation import answers, texts
+from lightning_modules.evaluation.bench_report import compare, draw, tables
 from lightning_modules.evaluation.streaming import Reader
 from lightning_modules.evaluation.tasks import conclude, prompts
 
@@ -191,7 +192,6 @@ def test_the_command_leaves_rows_figures_and_words(
 
 def test_perplexity_is_of_documents_from_their_beginnings(books: Path, tmp_path: Path) -> None:
     run = checkpoint(tmp_path / "run")
-    from conf.schema import EvaluateConfig
     from lightning_modules.checkpoints import load_model
     from lightning_modules.evaluation.run import Subject
 
@@ -254,3 +254,26 @@ def test_the_conclusion_tells_solved_from_lost_and_from_chance() -> None:
     assert lost.endswith("at most 0.5 from 512 tokens on. No better than chance at 1,024 tokens.")
     unsolved = conclude("mqar", 128, [row(256, 0.6, 0.5)])
     assert unsolved.endswith("right at 256 tokens (chance 0.250): unsolved, below 0.9.")
+
+
+def test_a_comparison_of_mitigations_shows_every_task() -> None:
+    def measured(accuracy: float) -> tuple[dict[str, Any], dict[str, float]]:
+        rows = [{"length": n, "accuracy": accuracy} for n in (256, 512)]
+        mitigation = {"name": "none"} if accuracy == 1 else {"name": "hard_reset", "every": 64}
+        tasks = {"mqar": {"by_length": rows}, "facts": {"by_length": rows}}
+        known = {"mitigation": mitigation, "passkey": None, "loss": None, "tasks": tasks, "conclusion": {}}
+        return known, {"mqar/accuracy_at_256": accuracy}
+
+    report = {"checkpoint": "x", "train_length": 256, "rows": compare([measured(1.0), measured(0.25)])}
+    shown = tables(report)[1:]
+    assert [table.title for table in shown] == [
+        "mqar: answers right by prompt length",
+        "facts: answers right by prompt length",
+    ]
+    assert list(shown[0].columns[1].cells) == ["1.00", "0.25"]
+    assert [axes.get_ylabel() for axes in draw(report).axes] == [
+        "answers right, mqar",
+        "answers right, facts",
+    ]
+    with pytest.raises(ValueError, match="add passkey, loss or a task"):
+        parse(EvaluateConfig, ["checkpoint=x", "mitigation.name=all", "suites=[states]"])
