@@ -464,12 +464,13 @@ class LossEvalConfig:
     """Loss by position on long prompts."""
 
     length: int | None = option(None, "tokens per prompt; none: 64x the training length")
+    max_length: int | None = option(None, "where length is none: no more tokens than this; none: no bound")
     prompts: int = option(4, "prompts averaged")
     bucket: int | None = option(None, "tokens per averaged bucket; none: train_length / 4")
 
     def __post_init__(self) -> None:
         require_at_least("loss", self, 1, "prompts")
-        for name in ("length", "bucket"):
+        for name in ("length", "max_length", "bucket"):
             if getattr(self, name) is not None:
                 require_at_least("loss", self, 1, name)
 

@@ -123,7 +123,7 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
         run_dir,
         name=run_name(config, run_dir),
         params=params(config, trained),
-        tags=_tags(config),
+        tags=run_tags(config),
     ) as tracker:
         with show_progress(doing, suites.tokens) as on_tokens:
             reader = Reader(model, rule(trained.data.train_length), config.segment, on_tokens)
@@ -153,7 +153,8 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
             "conclusion": conclusion,
         }
         write_output(run_dir / "evaluation.json", to_json(evaluation))
-        figures = [save(figure, run_dir / "figures" / name) for name, figure in draw_figures(evaluation)]
+        for name, figure in draw_figures(evaluation):
+            save(figure, run_dir / "figures" / name)
         numbers = (
             metrics(train_length, passkey, conclusion)
             | state_metrics(states)
@@ -167,7 +168,7 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
                 ),
             }
         )
-        _record(tracker, numbers, evaluation, figures)
+        _record(tracker, numbers, evaluation)
         result = {
             "status": "completed",
             "command": "evaluate",
@@ -226,7 +227,7 @@ def _plan(config: EvaluateConfig, trained: TrainConfig) -> Suites:
     )
 
 
-def _tags(config: EvaluateConfig) -> dict[str, str]:
+def run_tags(config: EvaluateConfig) -> dict[str, str]:
     return {"command": "evaluate", "checkpoint": config.checkpoint, "mitigation": config.mitigation.name}
 
 
@@ -254,21 +255,26 @@ def _warn_of_non_finite(
         print(f"warning: NaN or infinity in {what}, mitigation {settings}: counted as wrong", file=sys.stderr)
 
 
-def _record(
-    tracker: Tracker, numbers: dict[str, float], evaluation: dict[str, Any], figures: list[Path]
-) -> None:
+def _record(tracker: Tracker, numbers: dict[str, float], evaluation: dict[str, Any]) -> None:
     """Everything into MLflow. Accuracy is there twice: by name, and as a curve whose step is the length."""
     tracker.log_metrics(numbers, step=0)
-    passkey, conclusion = evaluation["passkey"], evaluation["conclusion"]
+    passkey = evaluation["passkey"]
     if passkey is not None:
         for name, key in (("recent", "recent"), ("recall", "recall_by_length")):
             for length, exact in exact_by_length(passkey[key]).items():
                 tracker.log_metrics({f"passkey/{name}_exact": exact}, step=length)
-        tracker.log_table(accuracy_table(passkey), "accuracy_by_length.json")
     for name, task in evaluation["tasks"].items():
         for row in task["by_length"]:
             tracker.log_metrics({f"{name}/accuracy": row["accuracy"]}, step=row["length"])
-    for path in figures:
+    send_evaluation(tracker, evaluation)
+
+
+def send_evaluation(tracker: Tracker, evaluation: dict[str, Any]) -> None:
+    """What an evaluation leaves in its directory, but for the metrics."""
+    passkey, conclusion = evaluation["passkey"], evaluation["conclusion"]
+    if passkey is not None:
+        tracker.log_table(accuracy_table(passkey), "accuracy_by_length.json")
+    for path in sorted((tracker.run_dir / "figures").glob("*.png")):
         tracker.log_artifact(path, "figures")
     for name in ("config.yaml", "evaluation.json"):
         tracker.log_artifact(tracker.run_dir / name)
