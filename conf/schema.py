@@ -14,12 +14,15 @@ from conf.fields import option, require, require_at_least, section
 from conf.initial_state import InitialStateConfig
 from conf.mitigation import MitigationConfig
 from conf.passkey import NEEDLE, OPENING, QUESTION
+from conf.suites import PerplexityConfig, TaskSuitesConfig, TextConfig
+from conf.tasks import TASKS, TasksConfig
 from conf.zero import DeepSpeedConfig
 
 REFUSED_IN_CONTEXT = {  # mitigations under which a sequence cannot be sharded over ranks
     "state_norm": "clipping is not linear in the state: no piece could begin before those before it",
     "sliding_window": "what enters a piece would be a window of tokens, as long as the window",
 }
+SUITES = ("passkey", "loss", "states", "perplexity", *TASKS)
 
 
 def is_power_of_two(n: int) -> bool:
@@ -135,7 +138,7 @@ class DocumentsConfig:
 class DataConfig:
     """What the model reads."""
 
-    name: Literal["passkey", "documents"] = option("passkey", "the task")
+    name: str = option("passkey", f"what to learn: documents, or a task: passkey, {', '.join(TASKS)}")
     tokenizer: str = option("bytes", "bytes, or a Hugging Face tokenizer folder or name")
     train_length: int = option(256, "tokens per training sequence")
     batch_size: int = option(32, "sequences per optimizer step, over all ranks and accumulation steps")
@@ -144,9 +147,12 @@ class DataConfig:
     val_sequences: int = option(128, "sequences per validation")
     num_workers: int = option(0, "data loader processes")
     passkey: PasskeyConfig = section(PasskeyConfig)
+    tasks: TasksConfig = section(TasksConfig)
     documents: DocumentsConfig = section(DocumentsConfig)
 
     def __post_init__(self) -> None:
+        known = ("passkey", "documents", *TASKS)
+        require(self.name in known, "data.name", self.name, f"choose from {', '.join(known)}")
         require_at_least("data", self, 1, "train_length", "batch_size", "val_sequences")
         require_at_least("data", self, 0, "curriculum_steps", "num_workers")
         digits = self.passkey.digits
@@ -331,6 +337,10 @@ class TrainConfig:
             self.data.curriculum_steps,
             f"must be below trainer.max_steps={self.trainer.max_steps}",
         )
+        ids = self.data.tasks.vocabulary
+        remedy = f"exceeds model.vocab_size={self.model.vocab_size}; lower it"
+        fits = ids is None or ids <= self.model.vocab_size
+        require(fits, "data.tasks.vocabulary", ids, remedy)
         self._check_deepspeed()
         self._check_cuda_graphs()
         self._check_initial_state(rows=self.data.batch_size // shares)
@@ -507,13 +517,16 @@ class MeasureConfig:
 class EvaluateConfig(MeasureConfig):
     """One evaluation of one checkpoint."""
 
-    suites: list[str] = option(["passkey", "loss"], "what to measure: passkey, loss, states")
+    suites: list[str] = option(["passkey", "loss"], f"what to measure: {', '.join(SUITES)}")
     split: Literal["test", "validation"] = option(
         "test", "held-out text: test to report on, validation to choose settings by"
     )
     passkey: PasskeyEvalConfig = section(PasskeyEvalConfig)
     loss: LossEvalConfig = section(LossEvalConfig)
     states: StatesEvalConfig = section(StatesEvalConfig)
+    perplexity: PerplexityConfig = section(PerplexityConfig)
+    tasks: TaskSuitesConfig = section(TaskSuitesConfig)
+    text: TextConfig = section(TextConfig)
     bench: dict[str, Any] = option(
         {}, "mitigation.name=all: mitigation -> settings or lists of them; null leaves it out; else defaults"
     )
@@ -523,8 +536,12 @@ class EvaluateConfig(MeasureConfig):
         compares = self.mitigation.name == "all"
         require(compares or not self.bench, "bench", list(self.bench), "belongs to mitigation.name=all")
         bench_mitigations(self.bench, train_length=256)  # each setting is checked; the length decides none
-        known = bool(self.suites) and set(self.suites) <= {"passkey", "loss", "states"}
-        require(known, "suites", self.suites, "choose from [passkey, loss, states]")
+        known = bool(self.suites) and set(self.suites) <= set(SUITES)
+        require(known, "suites", self.suites, f"choose from [{', '.join(SUITES)}]")
+        require(len(set(self.suites)) == len(self.suites), "suites", self.suites, "give each once")
+        drawn = bool(set(self.suites) - {"states", "perplexity"})
+        remedy = "mitigation.name=all compares curves: add passkey, loss or a task"
+        require(drawn or not compares, "suites", self.suites, remedy)
 
 
 @dataclass(kw_only=True)

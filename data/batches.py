@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 Batch = dict[str, torch.Tensor]
+T = TypeVar("T")
 TRAINING, VALIDATION = 0, 1  # second number of a seed: streams of samples that share nothing
 
 
@@ -179,8 +180,8 @@ def weigh_steps(batches: Iterable[Batch], accumulate: int) -> Iterator[Batch]:
             yield {**batch, "step_weight": weight}
 
 
-def batched(batches: Iterable[Batch], count: int) -> Iterator[list[Batch]]:
-    iterator = iter(batches)
+def batched(items: Iterable[T], count: int) -> Iterator[list[T]]:
+    iterator = iter(items)
     while some := list(islice(iterator, count)):
         yield some
 

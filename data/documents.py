@@ -39,7 +39,7 @@ class PackedDocuments:
         """Where rows begin on the ring."""
         n_rows = max(1, len(self.stream) // length)
         epoch, index = np.divmod(np.asarray(indices, np.int64), n_rows)
-        key = _mix(_key(seed) + epoch.astype(np.uint64))
+        key = mix_words(_key(seed) + epoch.astype(np.uint64))
         first = (key % np.uint64(length)).astype(np.int64)
         return first + _permute(index, n_rows, key) * length
 
@@ -97,7 +97,7 @@ def _key(seed: Sequence[int]) -> Words:
     return np.random.SeedSequence(list(seed)).generate_state(1, np.uint64).astype(np.uint64)
 
 
-def _mix(x: Words) -> Words:
+def mix_words(x: Words) -> Words:
     """The finalizer of splitmix64: a bijection of 64-bit words that scatters neighbours."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -117,7 +117,7 @@ def _permute(index: Ints, size: int, key: Words) -> Ints:
     while outside.any():
         left, right = value[outside] >> half, value[outside] & mask
         for turn in range(4):
-            scrambled = _mix(key[outside] + (right << np.uint64(3)) + np.uint64(turn))
+            scrambled = mix_words(key[outside] + (right << np.uint64(3)) + np.uint64(turn))
             left, right = right, left ^ (scrambled & mask)
         value[outside] = left << half | right
         outside = value >= np.uint64(size)

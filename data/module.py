@@ -3,15 +3,15 @@
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from conf.schema import TrainConfig, require
+from conf.tasks import IN_TEXT
 from data.batches import BatchLoader, Piece, Source, TrainBatches, TrainLoader, ValidationBatches
 from data.documents import ConsecutiveDocuments, PackedDocuments
-from data.passkey import PasskeyTask
 from data.sources import Corpus, locate
-from data.store import TokenStore, build_store, locate_store
+from data.store import TokenStore, TokenStream, build_store, locate_store
+from data.tasks.registry import build_source
 from data.tokenizers import Tokenizer, load_tokenizer
 
 
@@ -43,12 +43,10 @@ class TokenDataModule(pl.LightningDataModule):
         self._store: TokenStore | None = None
         self._train: Source | None = None
         self._validation: Source | None = None
-        if config.data.name == "passkey":
-            task = PasskeyTask(self.tokenizer, config.data.passkey)
-            _check_passkey_fits(task, config)
-            self._train = self._validation = task
-        else:
+        if config.data.name in ("documents", *IN_TEXT):
             self._corpus = locate(config.data.documents)
+        else:
+            self._train = self._validation = self._task()
 
     def prepare_data(self) -> None:
         """Tokenise the documents, once for all runs that read them. Called in one process per node."""
@@ -67,9 +65,13 @@ class TokenDataModule(pl.LightningDataModule):
             data = self.config.data
             self._store = build_store(self._corpus, self.tokenizer)
             train, validation = self._store.split(data.documents.val_fraction)
-            self._train, self._validation = PackedDocuments(train), PackedDocuments(validation)
-            if data.documents.layout == "consecutive":
+            if data.name != "documents":
+                self._train, self._validation = self._task(train), self._task(validation)
+            elif data.documents.layout == "consecutive":
                 self._train = ConsecutiveDocuments(train, data.batch_size * data.train_length)
+                self._validation = PackedDocuments(validation)
+            else:
+                self._train, self._validation = PackedDocuments(train), PackedDocuments(validation)
 
     def train_dataloader(self) -> TrainLoader:
         assert self.trainer is not None
@@ -108,6 +110,9 @@ class TokenDataModule(pl.LightningDataModule):
         )
         return BatchLoader(batches, pin_memory=_uses_cuda(trainer))  # no workers: starting them costs more
 
+    def _task(self, text: TokenStream | None = None) -> Source:
+        return build_source(self.config.data, self.tokenizer, text)
+
     def _share(self, global_rank: int) -> dict[str, Any]:
         """What of a step's rows a rank reads. Ranks of a context group follow each other."""
         settings = self.config.trainer
@@ -118,12 +123,6 @@ class TokenDataModule(pl.LightningDataModule):
 
 def _uses_cuda(trainer: pl.Trainer) -> bool:
     return trainer.strategy.root_device.type == "cuda"
-
-
-def _check_passkey_fits(task: PasskeyTask, config: TrainConfig) -> None:
-    # Keys may differ in tokens: the longest of many stands for all.
-    keys = np.random.default_rng(0).integers(task.n_keys, size=256)
-    config.data.require_passkey_fits(max(task.fixed_length(int(key)) for key in keys))
 
 
 def _align_batch_progress(trainer: pl.Trainer, batches: TrainBatches) -> None:

@@ -5,19 +5,16 @@ anywhere in its period so that it always ends on a sentence, and the needle stan
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from conf.passkey import FILLER, NEEDLE, OPENING, QUESTION
 from conf.schema import PasskeyConfig
+from data.filler import Filler
+from data.layout import Batch, Ints, Layout, Piece, to_batch
 from data.tokenizers import Tokenizer
-
-Ints = NDArray[np.int64]
-Keys = Sequence[int] | Ints
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,77 +26,13 @@ class Prompts:
     needle_start: Ints
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where everything stands in n prompts of `length` tokens; `ids` and `answer` write out any stretch.
-
-    Rows of equal `phase` hold the same tokens up to the nearer of their needles.
-    """
-
-    length: int
-    opening: Ints
-    filler: Ints
-    phase: Ints  # (n,) where in its period the filler begins
-    needle_start: Ints  # (n,)
-    needles: list[Ints]
-    tails: list[Ints]  # question and answer, the last tokens of a prompt
-    carries_digit: list[NDArray[np.bool_]]  # of the answer, the last tokens of a tail
-
-    def __len__(self) -> int:
-        return len(self.needles)
-
-    def rows(self, index: Sequence[int] | Ints) -> "Layout":
-        """Select prompts."""
-        return replace(
-            self,
-            phase=self.phase[index],
-            needle_start=self.needle_start[index],
-            needles=[self.needles[i] for i in index],
-            tails=[self.tails[i] for i in index],
-            carries_digit=[self.carries_digit[i] for i in index],
-        )
-
-    def ids(self, begin: int, end: int) -> Ints:
-        """Tokens [begin, end) of every prompt, (n, end - begin) int64."""
-        column = np.arange(begin, end) - len(self.opening)
-        needle_length = np.array([len(needle) for needle in self.needles])
-        behind = column >= (self.needle_start - len(self.opening))[:, None]
-        offset = column - behind * needle_length[:, None]
-        ids = self.filler[(offset + self.phase[:, None]) % len(self.filler)]
-        for row, needle, start, tail in zip(ids, self.needles, self.needle_start, self.tails, strict=True):
-            _overlay(row, begin, self.opening, 0)
-            _overlay(row, begin, needle, start)
-            _overlay(row, begin, tail, self.length - len(tail))
-        return ids
-
-    def answer(self, begin: int, end: int) -> NDArray[np.bool_]:
-        """Which of the tokens [begin, end) are the answer's digits, (n, end - begin) bool."""
-        answer = np.zeros((len(self.tails), end - begin), bool)
-        for row, carries in zip(answer, self.carries_digit, strict=True):
-            _overlay(row, begin, carries, self.length - len(carries))
-        return answer
-
-
-def _overlay(row: NDArray, begin: int, piece: NDArray, start: int) -> None:
-    """Write `piece`, which stands at `start`, into `row`, which shows the tokens from `begin` on."""
-    low, high = max(start, begin), min(start + len(piece), begin + len(row))
-    if low < high:
-        row[low - begin : high - begin] = piece[low - start : high - start]
-
-
 class PasskeyTask:
     """Passkey prompts of exact length with any tokenizer, a whole batch at a time."""
 
     def __init__(self, tokenizer: Tokenizer, config: PasskeyConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.opening = tokenizer.encode(OPENING) if config.opening else np.empty(0, np.int64)
-        sentences = [tokenizer.encode(s) for s in FILLER]
-        self.filler = np.concatenate(sentences)
-        self.endings = np.cumsum([len(s) for s in sentences])  # sentence ends, as token offsets in the period
-        # distance from each offset in the period to the first sentence end at or after it
-        offsets = np.arange(len(self.filler))
-        distance = (self.endings[None] - offsets[:, None]) % len(self.filler)
-        self.to_sentence_end = distance.min(1)
+        self.filler = Filler(tokenizer)
         self.needle = [tokenizer.encode(part) for part in NEEDLE]
         self.question = tokenizer.encode(QUESTION)
         self._digit_tokens: dict[int, bool] = {}
@@ -127,12 +60,21 @@ class PasskeyTask:
             ValueError: when the prompt does not fit into `length`.
         """
         layout = self.layout(length, keys, starts, endings)
-        return Prompts(layout.ids(0, length), layout.answer(0, length), layout.needle_start)
+        return Prompts(layout.ids(0, length), layout.answer(0, length) > 0, layout.branch)
 
     def layout(
-        self, length: int, keys: Sequence[int] | Ints, starts: Ints, endings: Ints | None = None
+        self,
+        length: int,
+        keys: Sequence[int] | Ints,
+        starts: Ints,
+        endings: Ints | None = None,
+        alike: bool = False,
     ) -> Layout:
-        """The prompts of `prompts`, not yet written out: memory does not grow with `length`."""
+        """The prompts of `prompts`, not yet written out: memory does not grow with `length`.
+
+        alike: prompts of equal ending begin alike even where their keys differ in tokens. Behind the needle
+        the filler then goes on within a sentence.
+        """
         encoded = [self._key(int(key)) for key in keys]
         fixed = np.array([self._fixed_length(key) for key in encoded])
         if length < fixed.max():
@@ -141,22 +83,36 @@ class PasskeyTask:
                 "use a longer length or data.passkey.opening=false"
             )
         filler_length = length - fixed
-        period = len(self.filler)
-        ending = self.endings[-1] if endings is None else self.endings[endings]
-        phase = (ending - filler_length) % period
+        ending = np.full(len(encoded), len(FILLER) - 1) if endings is None else endings
+        phase = self.filler.phase(filler_length, ending)
+        skip = np.zeros(len(phase), np.int64)
+        if alike:
+            begins = self.filler.phase(length - self.fixed_length(), ending)
+            phase, skip = begins, (phase - begins) % len(self.filler.ids)
         before = np.clip(starts - len(self.opening), 0, filler_length)
-        before = np.minimum(before + self.to_sentence_end[(before + phase) % period], filler_length)
-        first, second, third = self.needle
+        before = np.minimum(self.filler.snap(phase, before), filler_length)
+        needle_start = len(self.opening) + before
         return Layout(
             length=length,
-            opening=self.opening,
-            filler=self.filler,
-            phase=phase,
-            needle_start=len(self.opening) + before,
-            needles=[np.concatenate([first, key, second, key, third]) for key in encoded],
-            tails=[np.concatenate([self.question, key]) for key in encoded],
-            carries_digit=[self._carries_digit(key) for key in encoded],
+            background=self.filler.tokens,
+            place=phase,
+            pieces=[
+                self._pieces(length, key, int(start), int(behind))
+                for key, start, behind in zip(encoded, needle_start, skip, strict=True)
+            ],
+            group=phase,
+            branch=needle_start,
+            depth=before / np.maximum(filler_length, 1),
         )
+
+    def _pieces(self, length: int, key: Ints, needle_start: int, skip: int) -> list[Piece]:
+        first, second, third = self.needle
+        asked = np.concatenate([np.zeros(len(self.question), np.int64), self._carries_digit(key)])
+        return [
+            Piece(0, self.opening),
+            Piece(needle_start, np.concatenate([first, key, second, key, third]), skip=skip),
+            Piece(length - len(asked), np.concatenate([self.question, key]), asked),
+        ]
 
     def sample(self, length: int, indices: Sequence[int] | Ints, seed: Sequence[int]) -> Batch:
         """Training batch whose row i is a pure function of (seed, indices[i], length).
@@ -176,17 +132,8 @@ class PasskeyTask:
         return {}
 
     def batch(self, prompts: Prompts) -> Batch:
-        """Shift prompts into inputs and targets; the last position has no target and no loss."""
-        targets, answer = np.roll(prompts.ids, -1, axis=1), np.roll(prompts.answer, -1, axis=1)
-        answer[:, -1] = False
-        weight = np.where(answer, 1.0, self.config.filler_weight).astype(np.float32)
-        weight[:, -1] = 0.0
-        return {
-            "ids": torch.from_numpy(prompts.ids),
-            "targets": torch.from_numpy(targets),
-            "loss_weight": torch.from_numpy(weight),
-            "answer": torch.from_numpy(answer),
-        }
+        """Whole prompts as inputs and targets."""
+        return to_batch(prompts.ids, prompts.answer, self.config.filler_weight)
 
     def _key(self, key: int) -> Ints:
         return self.tokenizer.encode(f" {key:0{self.config.digits}d}")
@@ -194,8 +141,8 @@ class PasskeyTask:
     def _fixed_length(self, key: Ints) -> int:
         return sum(len(part) for part in (self.opening, *self.needle, self.question)) + 3 * len(key)
 
-    def _carries_digit(self, key: Ints) -> NDArray[np.bool_]:
-        """Which tokens of a key carry a digit (a byte tokenizer's leading space does not)."""
+    def _carries_digit(self, key: Ints) -> Ints:
+        """Which tokens of a key carry a digit (a byte tokenizer's leading space does not), 1 or 0."""
         for i in set(key.tolist()) - self._digit_tokens.keys():
             self._digit_tokens[i] = any(c.isdigit() for c in self.tokenizer.decode([i]))
-        return np.array([self._digit_tokens[i] for i in key.tolist()])
+        return np.array([self._digit_tokens[i] for i in key.tolist()], np.int64)

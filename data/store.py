@@ -62,6 +62,13 @@ class TokenStream:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_tokens", "_ends")}
 
+    def documents(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(position of the first token, tokens without the end) of every document that lies whole in it."""
+        ends = np.load(self.folder / "ends.npy")
+        starts = np.append(0, ends[:-1])
+        whole = (starts >= self.start) & (ends <= self.stop)
+        return starts[whole] - self.start, (ends - starts)[whole] - 1
+
     def take(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens at any integer positions, int64 of their shape."""
         return self._tokens.take(positions, mode="wrap").astype(np.int64)
@@ -84,6 +91,10 @@ class TokenStore:
     def content(self) -> str:
         """Hash of the documents and of the tokenizer: equal contents give equal samples."""
         return self.meta["content"]
+
+    def whole(self) -> TokenStream:
+        """All documents."""
+        return TokenStream(self.folder, self.meta["dtype"], self.meta["eos_id"], 0, self.meta["tokens"])
 
     def split(self, val_fraction: float) -> tuple[TokenStream, TokenStream]:
         """(training, validation) streams that share no document.

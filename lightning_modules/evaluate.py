@@ -19,6 +19,13 @@ from the training length and from calibrations (made where they are missing), or
 
 It leaves bench.json, figures/bench.png and an evaluation a mitigation; the same command goes on after a kill.
 
+Tasks that need no download, and a user's own text (docs/suites.md says what each is):
+
+    python -m lightning_modules.evaluate checkpoint=runs/demo suites=[niah_single_1,mqar] \\
+        tasks.settings.pairs=64
+    python -m lightning_modules.evaluate checkpoint=runs/demo suites=[perplexity,niah_essay] \\
+        text.source=my_books
+
 Writes run_dir (default: a new directory under runs/): config.yaml, evaluation.json, result.json and
 figures/, and records an MLflow run. The conclusion keeps three things apart: a model that is unsolved at its
 own training length, collapse (recent needles lost beyond it), and forgetting (far needles lost where recent

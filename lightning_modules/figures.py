@@ -25,12 +25,16 @@ def accuracy_by_length(
     train_length: int | None,
     *,
     title: str = "Passkey exact match by prompt length",
+    measure: str = "exact",
+    name: str = "exact match",
 ) -> Figure:
     """Accuracy over prompt length, one line a label, intervals as bands.
 
     Args:
-        series: label -> rows with "length", "exact" and, for a band, "exact_low" and "exact_high".
+        series: label -> rows with "length", the `measure` and, for a band, its "_low" and "_high". Of the
+            first label's rows "chance", where they have one, is dotted.
         train_length: marked by a vertical line; None when the lines differ in it.
+        name: of the measure, for the axis.
     """
     figure, axes = new_figure(title)
     lengths = sorted({row["length"] for rows in series.values() for row in rows})
@@ -39,31 +43,39 @@ def accuracy_by_length(
         rows = sorted(rows, key=lambda row: row["length"])
         x = [row["length"] for row in rows]
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        y = [row["exact"] for row in rows]
+        y = [row[measure] for row in rows]
         axes.plot(x, y, label=label, color=colour, marker=marker, markersize=5, linewidth=1.8, zorder=3)
-        if all("exact_low" in row for row in rows):
-            low, high = ([row[f"exact_{side}"] for row in rows] for side in ("low", "high"))
+        if i == 0 and all("chance" in row for row in rows):
+            chance = [row["chance"] for row in rows]
+            axes.plot(x, chance, ":", color=GREY, linewidth=1.4, label="chance", zorder=2)
+        if all(f"{measure}_low" in row for row in rows):
+            low, high = ([row[f"{measure}_{side}"] for row in rows] for side in ("low", "high"))
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
             banded = True
     length_axis(axes, lengths[:: -(-len(lengths) // 12)], "prompt length (tokens)")
     mark_train_length(axes, train_length)
     axes.set_ylim(-0.03, 1.03)
-    axes.set_ylabel("exact match")
+    axes.set_ylabel(name)
     add_legend(figure, "bands: Wilson 95% intervals" if banded else None)
     return figure
 
 
 def passkey_heatmap(
-    cells: Rows, train_length: int, *, title: str = "Passkey exact match by depth of the needle"
+    cells: Rows,
+    train_length: int,
+    *,
+    title: str = "Passkey exact match by depth of the needle",
+    measure: str = "exact",
+    name: str = "exact match",
 ) -> Figure:
-    """Exact match over depth (rows) and prompt length (columns); the training length is marked on its column.
+    """Accuracy over depth (rows) and prompt length (columns); the training length is marked on its column.
 
-    cells: rows with "length", "depth" in (0, 1) and "exact".
+    cells: rows with "length", "depth" in (0, 1) and the `measure`, whose name stands at the colour bar.
     """
     lengths, depths = (sorted({cell[name] for cell in cells}) for name in ("length", "depth"))
     grid = np.full((len(depths), len(lengths)), np.nan)
     for cell in cells:
-        grid[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["exact"]
+        grid[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell[measure]
 
     figure, axes = new_figure(
         title, width=2.6 + 0.85 * max(4, len(lengths)), height=1.8 + 0.36 * max(5, len(depths))
@@ -95,7 +107,7 @@ def passkey_heatmap(
     axes.set_xlabel("prompt length (tokens)")
     axes.set_ylabel("needle depth (0% = start of prompt)")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_label("exact match")
+    bar.set_label(name)
     bar.outline.set_visible(False)
     return figure
 

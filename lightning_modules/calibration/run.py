@@ -13,7 +13,6 @@ import torch
 from conf.calibrate_schema import CalibrateConfig
 from conf.load import to_dict
 from conf.schema import TrainConfig
-from data.passkey import PasskeyTask
 from data.tokenizers import Tokenizer
 from kernels.ssd import Mitigation
 from lightning_modules.backbone import Mamba2LM
@@ -21,7 +20,7 @@ from lightning_modules.calibration.file import Calibration, beside, fingerprint
 from lightning_modules.calibration.search import search
 from lightning_modules.calibration.statistics import state_norms, threshold_table, time_steps
 from lightning_modules.checkpoints import load_model
-from lightning_modules.evaluation.loss import held_out_text, prompts_source
+from lightning_modules.evaluation.loss import held_out_text, prompts_source, task_of
 from lightning_modules.evaluation.splits import draw_seed
 from lightning_modules.evaluation.streaming import Reader, Source
 from lightning_modules.measuring import choose_device, show_progress, tokenizer_of, trained_config
@@ -96,9 +95,9 @@ def _asked(config: CalibrateConfig, trained: TrainConfig, tokenizer: Tokenizer, 
 
     Of a task the answers: its filler is best predicted by a model that has forgotten everything.
     """
-    if trained.data.name != "passkey":
+    if trained.data.name == "documents":
         return torch.ones(config.sequences, length, dtype=torch.bool)
-    task, seed = PasskeyTask(tokenizer, trained.data.passkey), draw_seed(config.seed, "calibration")
+    task, seed = task_of(trained.data, tokenizer, "calibration"), draw_seed(config.seed, "calibration")
     answers = prompts_source(task, trained.data.train_length, config.sequences, seed, field="answer")
     return torch.from_numpy(answers(0, length))
 

@@ -13,7 +13,7 @@ from lightning_modules.diagnosis.needles import Needles, doubled_lengths, plan_n
 from lightning_modules.diagnosis.probe import StateProbe
 from lightning_modules.diagnosis.prompts import filler_source
 from lightning_modules.diagnosis.reading import read_prompt
-from lightning_modules.evaluation.loss import documents_source, held_out_documents
+from lightning_modules.evaluation.loss import held_out_text
 from lightning_modules.evaluation.splits import draw_seed
 from lightning_modules.evaluation.streaming import Reader
 from lightning_modules.language_model import LanguageModel
@@ -49,11 +49,12 @@ class OverLengthProbe(pl.Callback):
         seed = draw_seed(self.config.seed, "validation")
         if data.name == "passkey":
             self._needles = plan_needles(data, module.tokenizer, settings.prompts, seed)
-            self._source = filler_source(data, module.tokenizer, 1)
+            self._source = filler_source(module.tokenizer, 1)
         else:
-            stream = held_out_documents(data, module.tokenizer, "validation")
             name = "probe.factor * data.train_length"
-            self._source = documents_source(stream, self.length, settings.prompts, seed, name)
+            self._source, _ = held_out_text(
+                data, module.tokenizer, "validation", self.length, settings.prompts, self.config.seed, name
+            )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from conf.schema import DataConfig
+from data.layout import Layout
 from data.passkey import PasskeyTask
 from data.tokenizers import Tokenizer
 from lightning_modules.evaluation import passkey
+from lightning_modules.evaluation.answers import score, tokens_to_read
 from lightning_modules.evaluation.streaming import Reader
 
 Row = dict[str, Any]
@@ -27,21 +29,21 @@ class Needles:
 
     def ask(self, reader: Reader, length: int) -> Row:
         """{"length", "exact", "exact_low", "exact_high", "digits", ..., "answer_loss", "non_finite"}."""
-        return {"length": length, **passkey.accuracy(passkey.score(reader, self._recent(length)))}
+        return {"length": length, **passkey.accuracy(score(reader, self._recent(length)))}
 
     def ask_at_any_depth(self, reader: Reader, length: int) -> Row:
         """The same with the needle anywhere: what is lost here alone is forgetting, not collapse."""
-        return {"length": length, **passkey.accuracy(passkey.score(reader, self._anywhere(length)))}
+        return {"length": length, **passkey.accuracy(score(reader, self._anywhere(length)))}
 
     def tokens_to_read(self, recent: list[int], anywhere: list[int]) -> int:
         """Without what refining adds."""
         layouts = [*map(self._recent, recent), *map(self._anywhere, anywhere)]
-        return sum(passkey.tokens_to_read(layout) for layout in layouts)
+        return sum(tokens_to_read(layout) for layout in layouts)
 
-    def _recent(self, length: int) -> passkey.Layout:
+    def _recent(self, length: int) -> Layout:
         return passkey.recent_prompts(self.task, length, self.train_length, self.prompts, self.seed)
 
-    def _anywhere(self, length: int) -> passkey.Layout:
+    def _anywhere(self, length: int) -> Layout:
         return passkey.recall_prompts(self.task, length, 1, self.prompts, self.seed)[0]
 
 

@@ -13,7 +13,6 @@ from lightning_modules.diagnosis.reading import Measures
 from lightning_modules.diagnosis.sparkline import sparkline
 
 FIRST_FIGURES = 2  # shown at once; the others unfold
-TASKS = {"passkey": "passkey prompts", "documents": "documents"}
 HEAD_FIELDS = (
     *("variance_ratio", "rms_inside", "rms_beyond", "top_share", "retention", "half_life", "dt", "insertion"),
 )
@@ -111,10 +110,11 @@ def _kind(diagnosis: dict[str, Any]) -> str:
 
 def _what(diagnosis: dict[str, Any]) -> str:
     model, prompt, task = diagnosis["model"], diagnosis["prompt"], diagnosis["task"]
+    trained_on = "documents" if task == "documents" else f"{task} prompts"
     layers = "1 layer" if model["n_layers"] == 1 else f"{model['n_layers']} layers"
     return (
         f"Mamba-2 of {model['parameters']:,} parameters, {layers} of {model['n_heads']} heads, "
-        f"d_state {model['d_state']}, trained on {TASKS[task]} of {diagnosis['train_length']:,} tokens. "
+        f"d_state {model['d_state']}, trained on {trained_on} of {diagnosis['train_length']:,} tokens. "
         f"Read: {prompt['rows']} x {diagnosis['length']:,} tokens of {prompt['text']}, "
         f"{diagnosis['mitigation_in_words'] or 'no mitigation'}."
     )

@@ -4,9 +4,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf.schema import DataConfig, DiagnoseConfig
-from data.passkey import PasskeyTask
+from data.filler import Filler
 from data.tokenizers import Tokenizer
-from lightning_modules.evaluation.loss import documents_source, held_out_documents
+from lightning_modules.evaluation.loss import documents_source, held_out_documents, held_out_text
 from lightning_modules.evaluation.streaming import Source
 
 STREAM = 0xD1A6  # first word of the generator's seed: no training stream begins with it
@@ -18,12 +18,15 @@ DESCRIPTIONS = {
     "random": "random tokens",
     "documents": "held-out documents",
     "passkey": "the passkey task's filler",
+    "task": "prompts of the task, one after another",
 }
 
 
 def choose_prompt(config: DiagnoseConfig, data: DataConfig) -> str:
     """The prompt's name: the setting, or what the checkpoint was trained on."""
-    return data.name if config.prompt == "auto" else config.prompt
+    if config.prompt != "auto":
+        return config.prompt
+    return data.name if data.name in ("passkey", "documents") else "task"
 
 
 def prompt_source(name: str, config: DiagnoseConfig, data: DataConfig, tokenizer: Tokenizer) -> Source:
@@ -37,16 +40,19 @@ def prompt_source(name: str, config: DiagnoseConfig, data: DataConfig, tokenizer
     if name == "sentence":
         return repeat(tokenizer.encode(config.sentence), config.prompts)
     if name == "passkey":
-        return filler_source(data, tokenizer, config.prompts)
+        return filler_source(tokenizer, config.prompts)
     if name == "random":
         return random_source(tokenizer.vocab_size, config.prompts, config.seed)
-    stream, length = held_out_documents(data, tokenizer), config.length_for(data.train_length)
+    length = config.length_for(data.train_length)
+    if name == "task":
+        return held_out_text(data, tokenizer, "test", length, config.prompts, config.seed)[0]
+    stream = held_out_documents(data, tokenizer)
     return documents_source(stream, length, config.prompts, config.seed, "length")
 
 
-def filler_source(data: DataConfig, tokenizer: Tokenizer, rows: int) -> Source:
+def filler_source(tokenizer: Tokenizer, rows: int) -> Source:
     """What passkey prompts are full of, without needle and question."""
-    return repeat(PasskeyTask(tokenizer, data.passkey).filler, rows)
+    return repeat(Filler(tokenizer).ids, rows)
 
 
 def repeat(ids: NDArray[np.int64], rows: int) -> Source:

@@ -39,7 +39,7 @@ def compare(measured: list[tuple[dict[str, Any], dict[str, float]]]) -> list[Row
     for evaluation, metrics in measured:
         both = [name for name in CHANGES if name in metrics and name in baseline]
         changes = {f"change/{_plain(name)}": metrics[name] - baseline[name] for name in both}
-        kept = {name: evaluation[name] for name in ("mitigation", "passkey", "loss", "conclusion")}
+        kept = {name: evaluation[name] for name in ("mitigation", "passkey", "loss", "tasks", "conclusion")}
         label = describe_mitigation(evaluation["mitigation"]) or "none"
         rows.append({"label": label, "metrics": metrics | changes, **kept})
     return rows
@@ -53,7 +53,7 @@ def columns(report: dict[str, Any]) -> dict[str, list[Any]]:
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
-    """What each mitigation costs and gives; then recent needles and needles at any depth, apart."""
+    """What each mitigation costs and gives; then recent needles, needles at any depth, every task, apart."""
     rows, shown = report["rows"], []
     found = [c for c in COLUMNS if any(c[1] in row["metrics"] for row in rows)]
     table = _table(f"What each costs, trained at {short_number(report['train_length'])} tokens")
@@ -67,6 +67,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
     for title, key in (
         ("Recent needles: exact match by prompt length", "recent"),
         ("Needles at any depth: exact match by prompt length", "recall_by_length"),
+        *((f"{name}: answers right by prompt length", name) for name in rows[0]["tasks"]),
     ):
         curves = {row["label"]: _accuracy(row, key) for row in rows}
         lengths = sorted({length for curve in curves.values() for length in curve})
@@ -89,7 +90,7 @@ def _table(title: str) -> Table:
 
 
 def draw(report: dict[str, Any]) -> Figure:
-    """Loss by position, recent needles, needles at any depth: a panel each; a line for every mitigation."""
+    """Loss by position, recent needles, needles at any depth, tasks: a panel each; a line a mitigation."""
     rows, train_length = report["rows"], report["train_length"]
     panels = [
         (title, key)
@@ -97,6 +98,7 @@ def draw(report: dict[str, Any]) -> Figure:
             ("loss (nats per token)", "loss"),
             ("exact match, recent needles", "recent"),
             ("exact match, needles at any depth", "recall_by_length"),
+            *((f"answers right, {name}", name) for name in rows[0]["tasks"]),
         )
         if any(_curve(row, key, train_length)[0] for row in rows)
     ]
@@ -139,6 +141,8 @@ def _curve(row: Row, key: str, train_length: int) -> tuple[list[float], list[flo
 
 
 def _accuracy(row: Row, key: str) -> dict[int, float]:
+    if key in row["tasks"]:
+        return {one["length"]: one["accuracy"] for one in row["tasks"][key]["by_length"]}
     return {} if row["passkey"] is None else {one["length"]: one["exact"] for one in row["passkey"][key]}
 
 

@@ -8,9 +8,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from conf.schema import DataConfig
-from data.passkey import PasskeyTask
+from conf.tasks import IN_TEXT
+from data.batches import Source as Samples
 from data.sources import locate
 from data.store import TokenStream, build_store
+from data.tasks.registry import build_source
 from data.tokenizers import Tokenizer
 from lightning_modules.evaluation.splits import Split, draw_seed, part_of
 from lightning_modules.evaluation.streaming import Reader, Source
@@ -19,10 +21,8 @@ PIECE = 2**14  # positions counted at a time
 STREAM = 0x7E58  # first word of the generator's seed: no training stream begins with it
 
 
-def prompts_source(
-    task: PasskeyTask, train_length: int, prompts: int, seed: int, field: str = "ids"
-) -> Source:
-    """Passkey prompts of the training length, one after another, each with a key of its own.
+def prompts_source(task: Samples, train_length: int, prompts: int, seed: int, field: str = "ids") -> Source:
+    """Prompts of a task, of the training length, one after another, each with a key of its own.
 
     Every stretch of one training length is text as in training, so what differs between stretches is only
     how much came before. Filler alone would not do: with time the model rightly expects needle and question.
@@ -56,12 +56,17 @@ def held_out_text(
     Raises ValueError where the split's documents are shorter than `length`, the setting `name`.
     """
     seed = draw_seed(seed, split)
-    if data.name == "passkey":
-        task = PasskeyTask(tokenizer, data.passkey)
-        source = prompts_source(task, data.train_length, prompts, seed)
-        return source, "passkey prompts, one after another"
+    if data.name != "documents":
+        source = prompts_source(task_of(data, tokenizer, split), data.train_length, prompts, seed)
+        return source, f"{data.name} prompts, one after another"
     stream = held_out_documents(data, tokenizer, split)
     return documents_source(stream, length, prompts, seed, name), "held-out documents"
+
+
+def task_of(data: DataConfig, tokenizer: Tokenizer, split: Split) -> Samples:
+    """The task `data.name`. One in documents hides its needles in those of a split."""
+    text = held_out_documents(data, tokenizer, split) if data.name in IN_TEXT else None
+    return build_source(data, tokenizer, text)
 
 
 def held_out_documents(data: DataConfig, tokenizer: Tokenizer, split: Split = "test") -> TokenStream:

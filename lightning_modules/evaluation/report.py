@@ -30,6 +30,19 @@ def draw_figures(evaluation: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
     if loss is not None:
         title = f"Loss by position{suffix}"
         yield "loss_by_position.png", loss_by_position({loss["text"]: loss}, train_length, title=title)
+    perplexity = evaluation["perplexity"]
+    if perplexity is not None:
+        title = f"Loss by position in {perplexity['documents']} documents{suffix}"
+        series = {perplexity["text"]: perplexity}
+        yield "document_loss.png", loss_by_position(series, train_length, title=title)
+    style = {"measure": "accuracy", "name": "answers right"}
+    for name, task in evaluation["tasks"].items():
+        series = {name: task["by_length"]}
+        title = f"{name}: answers right by prompt length{suffix}"
+        yield f"{name}.png", accuracy_by_length(series, train_length, title=title, **style)
+        if task["by_depth"]:
+            title = f"{name}: answers right by depth{suffix}"
+            yield f"{name}_heatmap.png", passkey_heatmap(task["by_depth"], train_length, title=title, **style)
 
 
 def describe_mitigation(mitigation: dict[str, Any]) -> str:
@@ -65,8 +78,14 @@ def print_summary(
     console = Console(highlight=False, soft_wrap=True)
     if evaluation["passkey"] is not None:
         console.print(_rich_table(evaluation))
+    if evaluation["tasks"]:
+        console.print(_tasks_table(evaluation))
     if evaluation["conclusion"]["summary"]:
         console.print(evaluation["conclusion"]["summary"])
+    for task in evaluation["tasks"].values():
+        console.print(task["summary"])
+    if evaluation["perplexity"] is not None:
+        console.print(evaluation["perplexity"]["summary"])
     if "states/retention_max" in numbers:
         growth, kept = numbers.get("states/rms_growth_max", float("nan")), numbers["states/retention_max"]
         length = evaluation["states"]["length"]
@@ -94,6 +113,20 @@ def _rich_table(evaluation: dict[str, Any]) -> Table:
     return table
 
 
-def _with_interval(row: dict[str, Any]) -> str:
+def _tasks_table(evaluation: dict[str, Any]) -> Table:
+    tasks = evaluation["tasks"]
+    mitigation = describe_mitigation(evaluation["mitigation"]) or "no mitigation"
+    table = Table(title=f"Answers right and 95% interval by length, {mitigation}", title_justify="left")
+    table.add_column("", no_wrap=True)
+    lengths = sorted({row["length"] for task in tasks.values() for row in task["by_length"]})
+    for length in lengths:
+        table.add_column(f"{length:,}", justify="right")
+    for name, task in tasks.items():
+        found = {row["length"]: _with_interval(row, "accuracy") for row in task["by_length"]}
+        table.add_row(name, *(found.get(length, "-") for length in lengths))
+    return table
+
+
+def _with_interval(row: dict[str, Any], measure: str = "exact") -> str:
     mark = " non-finite" if row["non_finite"] else ""
-    return f"{row['exact']:.2f} [{row['exact_low']:.2f}, {row['exact_high']:.2f}]{mark}"
+    return f"{row[measure]:.2f} [{row[f'{measure}_low']:.2f}, {row[f'{measure}_high']:.2f}]{mark}"

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from conf.load import to_dict, to_yaml
 from conf.mitigation import changed_settings
 from conf.schema import EvaluateConfig, MeasureConfig, TrainConfig
+from conf.tasks import TASKS
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.settle import settle_calibration
 from lightning_modules.evaluation.conclusion import conclude, exact_by_length, metrics
@@ -19,6 +21,10 @@ from lightning_modules.evaluation.report import accuracy_table, draw_figures, pr
 from lightning_modules.evaluation.states import StatesSuite, plan_states, state_metrics
 from lightning_modules.evaluation.streaming import Reader
 from lightning_modules.evaluation.suites import LossSuite, PasskeySuite, plan_loss, plan_passkey
+from lightning_modules.evaluation.tasks import TaskSuite, plan_task
+from lightning_modules.evaluation.tasks import metrics as task_metrics
+from lightning_modules.evaluation.texts import PerplexitySuite, plan_perplexity
+from lightning_modules.evaluation.texts import metrics as perplexity_metrics
 from lightning_modules.figures import save
 from lightning_modules.guests.guest import Guest
 from lightning_modules.guests.load import load_subject
@@ -101,7 +107,8 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
         return build_mitigation(config.mitigation, trained.model, length=length)
 
     rule(trained.data.train_length)  # refused, if at all, before anything is made
-    passkey_suite, loss_suite, states_suite = suites = _plan(config, trained)
+    suites = _plan(config, trained)
+    passkey_suite, loss_suite, states_suite = suites.passkey, suites.loss, suites.states
     run_dir = open_measuring_dir(config, "evaluate")
     own_identity = identity(config)
     result = read_result(run_dir)
@@ -118,8 +125,7 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
         params=params(config, trained),
         tags=run_tags(config),
     ) as tracker:
-        total = sum(suite.tokens for suite in suites if suite is not None)
-        with show_progress(doing, total) as on_tokens:
+        with show_progress(doing, suites.tokens) as on_tokens:
             reader = Reader(model, rule(trained.data.train_length), config.segment, on_tokens)
             passkey = passkey_suite.run(reader, rule) if passkey_suite is not None else None
             loss = loss_suite.run(reader, rule) if loss_suite is not None else None
@@ -127,7 +133,9 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
             if states_suite is not None:
                 reader.mitigation = rule(states_suite.length)
                 states = states_suite.run(reader)
-        _warn_of_non_finite(config, passkey, loss)
+            perplexity = suites.perplexity.run(reader, rule) if suites.perplexity is not None else None
+            tasks = {suite.name: suite.run(reader, rule) for suite in suites.tasks}
+        _warn_of_non_finite(config, passkey, loss, perplexity, tasks)
 
         train_length = trained.data.train_length
         conclusion = conclude(train_length, passkey, loss)
@@ -140,6 +148,8 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
             "passkey": passkey,
             "loss": loss,
             "states": states,
+            "perplexity": perplexity,
+            "tasks": tasks,
             "conclusion": conclusion,
         }
         write_output(run_dir / "evaluation.json", to_json(evaluation))
@@ -148,11 +158,13 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
         numbers = (
             metrics(train_length, passkey, conclusion)
             | state_metrics(states)
+            | perplexity_metrics(perplexity, train_length)
+            | task_metrics(tasks)
             | {
                 "speed/tokens_per_second": reader.tokens_per_second,
                 "memory/peak_mib": peak_memory_mib(device),
                 "memory/state_mib_per_sequence": _state_mib(
-                    model, rule(max(_lengths(passkey, loss, states)))
+                    model, rule(max(_lengths(passkey, (loss, states, perplexity), tasks)))
                 ),
             }
         )
@@ -171,10 +183,11 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
 
 
 def _lengths(
-    passkey: dict[str, Any] | None, loss: dict[str, Any] | None, states: dict[str, Any] | None
+    passkey: dict[str, Any] | None, texts: Sequence[dict[str, Any] | None], tasks: dict[str, dict[str, Any]]
 ) -> list[int]:
     """Of everything that was read."""
-    read = [suite["length"] for suite in (loss, states) if suite is not None]
+    read = [suite["length"] for suite in texts if suite is not None]
+    read += [row["length"] for task in tasks.values() for row in task["by_length"]]
     return read + ([] if passkey is None else [row["length"] for row in passkey["recent"]])
 
 
@@ -185,15 +198,32 @@ def _state_mib(model: Mamba2LM | Guest, mitigation: LayerMitigations) -> float:
     return ModelState.zeros(model.config, 1, "meta", model.lm_head.weight.dtype, mitigation).nbytes / 2**20
 
 
-def _plan(
-    config: EvaluateConfig, trained: TrainConfig
-) -> tuple[PasskeySuite | None, LossSuite | None, StatesSuite | None]:
+@dataclass(frozen=True)
+class Suites:
+    """What an evaluation reads; None for what was not asked for."""
+
+    passkey: PasskeySuite | None
+    loss: LossSuite | None
+    states: StatesSuite | None
+    perplexity: PerplexitySuite | None
+    tasks: list[TaskSuite]
+
+    @property
+    def tokens(self) -> int:
+        suites = (self.passkey, self.loss, self.states, self.perplexity, *self.tasks)
+        return sum(suite.tokens for suite in suites if suite is not None)
+
+
+def _plan(config: EvaluateConfig, trained: TrainConfig) -> Suites:
     """Everything that will be read, laid out before the run is opened: a mistake leaves nothing behind."""
-    tokenizer = tokenizer_of(config, trained)
-    return (
+    tokenizer, vocab_size = tokenizer_of(config, trained), trained.model.vocab_size
+    names = [name for name in config.suites if name in TASKS]
+    return Suites(
         plan_passkey(config, trained.data, tokenizer) if "passkey" in config.suites else None,
         plan_loss(config, trained.data, tokenizer) if "loss" in config.suites else None,
         plan_states(config, trained.data, tokenizer) if "states" in config.suites else None,
+        plan_perplexity(config, trained.data, tokenizer) if "perplexity" in config.suites else None,
+        [plan_task(name, config, trained.data, tokenizer, vocab_size) for name in names],
     )
 
 
@@ -202,16 +232,24 @@ def run_tags(config: EvaluateConfig) -> dict[str, str]:
 
 
 def _warn_of_non_finite(
-    config: EvaluateConfig, passkey: dict[str, Any] | None, loss: dict[str, Any] | None
+    config: EvaluateConfig,
+    passkey: dict[str, Any] | None,
+    loss: dict[str, Any] | None,
+    perplexity: dict[str, Any] | None,
+    tasks: dict[str, dict[str, Any]],
 ) -> None:
     """One line for every length at which the model put out NaN or infinity."""
     lengths = set()
     if passkey is not None:
         rows = [*passkey["recent"], *passkey["recall_by_length"]]
         lengths |= {f"passkey prompts of {row['length']} tokens" for row in rows if row["non_finite"]}
-    if loss is not None and loss["non_finite"]:
-        first = next(p for p, value in zip(loss["position"], loss["loss"], strict=True) if value is None)
-        lengths.add(f"the loss near token {first:.0f}")
+    for name, task in tasks.items():
+        bad = [row["length"] for row in task["by_length"] if row["non_finite"]]
+        lengths |= {f"{name} prompts of {length} tokens" for length in bad}
+    for name, curve in (("the loss", loss), ("the loss of documents", perplexity)):
+        if curve is not None and curve["non_finite"]:
+            pairs = zip(curve["position"], curve["loss"], strict=True)
+            lengths.add(f"{name} near token {next(p for p, value in pairs if value is None):.0f}")
     settings = {"name": config.mitigation.name, **changed_settings(to_dict(config.mitigation))}
     for what in sorted(lengths):
         print(f"warning: NaN or infinity in {what}, mitigation {settings}: counted as wrong", file=sys.stderr)
@@ -225,6 +263,9 @@ def _record(tracker: Tracker, numbers: dict[str, float], evaluation: dict[str, A
         for name, key in (("recent", "recent"), ("recall", "recall_by_length")):
             for length, exact in exact_by_length(passkey[key]).items():
                 tracker.log_metrics({f"passkey/{name}_exact": exact}, step=length)
+    for name, task in evaluation["tasks"].items():
+        for row in task["by_length"]:
+            tracker.log_metrics({f"{name}/accuracy": row["accuracy"]}, step=row["length"])
     send_evaluation(tracker, evaluation)
 
 

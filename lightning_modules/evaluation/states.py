@@ -64,7 +64,7 @@ def plan_states(config: EvaluateConfig, data: DataConfig, tokenizer: Tokenizer) 
     if length <= train_length:
         raise ValueError(f"states.length={length}: must exceed the training length, {train_length}")
     if data.name == "passkey":
-        source = filler_source(data, tokenizer, settings.prompts)
+        source = filler_source(tokenizer, settings.prompts)
     else:
         source, _ = held_out_text(data, tokenizer, config.split, length, settings.prompts, config.seed)
     return StatesSuite(source=source, prompts=settings.prompts, length=length, train_length=train_length)

@@ -72,6 +72,16 @@ class Reader:
         return state, torch.cat(kept, 1) if kept else torch.empty(0)
 
     @torch.inference_mode()
+    def stream(
+        self, source: Source, state: AnyState | None, begin: int, end: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Final hidden states of tokens [begin, end), as (position of the first, (n, w, d_model)) a segment;
+        `state` as in `read`."""
+        for low, _, ids in self._segments(source, begin, end):
+            hidden, state = self._forward(ids, state)
+            yield low, hidden
+
+    @torch.inference_mode()
     def losses(self, source: Source, length: int) -> Iterator[tuple[int, Tensor]]:
         """-log p of tokens 1 .. length given all before, as (position of the first, (n, w) fp32) a segment.
 

@@ -8,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf.schema import DataConfig, EvaluateConfig
-from data.passkey import Layout, PasskeyTask
+from data.layout import Layout
+from data.passkey import PasskeyTask
 from data.tokenizers import Tokenizer
 from lightning_modules.evaluation import loss as losses
 from lightning_modules.evaluation import passkey
+from lightning_modules.evaluation.answers import score, tokens_to_read
 from lightning_modules.evaluation.splits import draw_seed
 from lightning_modules.evaluation.streaming import Reader, Source
 from lightning_modules.mitigations import AnyMitigation
@@ -36,21 +38,21 @@ class PasskeySuite:
     @property
     def tokens(self) -> int:
         layouts = [*self.recent.values(), *(layout for layout, _ in self.recall.values())]
-        return sum(passkey.tokens_to_read(layout) for layout in layouts)
+        return sum(tokens_to_read(layout) for layout in layouts)
 
     def run(self, reader: Reader, rule: Rule) -> dict[str, list[dict[str, Any]]]:
         """{"recent", "recall", "recall_by_length"}: the rows of evaluation.json."""
         recent = []
         for length, layout in self.recent.items():
             reader.mitigation = rule(length)
-            recent.append({"length": length, **passkey.accuracy(passkey.score(reader, layout))})
+            recent.append({"length": length, **passkey.accuracy(score(reader, layout))})
         recall, by_length = [], []
         for length, (layout, depth) in self.recall.items():
             reader.mitigation = rule(length)
-            scores = passkey.score(reader, layout)
+            scores = score(reader, layout)
             by_length.append({"length": length, **passkey.accuracy(scores)})
             for value in np.unique(depth):
-                cell = passkey.accuracy(passkey.select(scores, depth == value))
+                cell = passkey.accuracy(scores.select(depth == value))
                 recall.append({"length": length, "depth": float(value), **cell})
         return {"recent": recent, "recall": recall, "recall_by_length": by_length}
 

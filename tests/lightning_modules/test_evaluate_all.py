@@ -172,7 +172,13 @@ def test_a_users_mistake_is_answered_in_one_line(
 def test_what_was_not_measured_is_left_out_of_the_table() -> None:
     """A documents model has no passkeys, a system that keeps its peak to itself no memory."""
     loss = {"position": [1.0], "loss": [2.0], "length": 1}
-    evaluation = {"mitigation": {"name": "none"}, "passkey": None, "loss": loss, "conclusion": {}}
+    evaluation = {
+        "mitigation": {"name": "none"},
+        "passkey": None,
+        "loss": loss,
+        "tasks": {},
+        "conclusion": {},
+    }
     rows = compare([(evaluation, {"loss/in_length": 2.0}), (evaluation, {"loss/in_length": 2.5})])
     assert rows[1]["metrics"]["change/loss_in_length"] == 0.5
     (table,) = tables({"rows": rows, "train_length": 128})

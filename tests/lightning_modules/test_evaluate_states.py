@@ -34,7 +34,7 @@ def test_growth_and_retention_of_every_head_follow_the_formula(tmp_path, capsys)
 
 
 def test_what_cannot_be_measured_is_refused_or_left_out(tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"suites=.*choose from \[passkey, loss, states\]"):
+    with pytest.raises(ValueError, match=r"suites=.*choose from \[passkey, loss, states, "):
         parse(EvaluateConfig, [{"checkpoint": "x", "suites": ["state"]}])
     checkpoint = save_constructed(tmp_path / "model", "data.name=passkey", "data.train_length=128")
     arguments = [f"checkpoint={checkpoint}", f"run_dir={tmp_path}/out", "suites=[states]"]

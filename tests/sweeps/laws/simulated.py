@@ -8,8 +8,8 @@ import numpy as np
 from conf.capacity import run_point, state_sizes
 from conf.load import parse
 from conf.sweep_schema import SweepConfig, train_base
+from lightning_modules.evaluation.answers import wilson_interval
 from lightning_modules.evaluation.conclusion import conclude, metrics
-from lightning_modules.evaluation.passkey import wilson_interval
 from sweeps.laws.capacity import Capacity, search_of
 from sweeps.laws.outcomes import criterion_of
 from sweeps.laws.thresholds import Run, next_runs

@@ -1,0 +1,1 @@
+"""Synthetic tasks: a small file a family, one protocol (`data.tasks.task`) for all."""

@@ -1,0 +1,57 @@
+"""What the harness' model reads, without the harness: equal to reading every sequence alone and whole."""
+
+import numpy as np
+import pytest
+import torch
+
+from conf.load import from_dict
+from conf.mitigation import MitigationConfig
+from conf.schema import ModelConfig
+from lightning_modules.backbone import Mamba2LM
+from lightning_modules.lm_harness.reading import BatchReader
+from lightning_modules.mitigations import build_mitigation
+
+CONFIG = ModelConfig(d_model=32, d_state=8, headdim=16, chunk_size=16, tie_embeddings=False, init_std=1.0)
+RULES = [
+    {"name": "none"},
+    {"name": "forget_more", "alpha_scale": 0.99},
+    {"name": "sliding_window", "window": 20},
+    {"name": "hard_reset", "every": 24},
+    {"name": "state_norm", "max_norm": 0.05, "every": 16},
+]
+
+
+def make_reader(rule: dict, segment: int, rows: int) -> BatchReader:
+    torch.manual_seed(0)
+    model = Mamba2LM(CONFIG).eval()
+    mitigation = from_dict(MitigationConfig, rule)
+    return BatchReader(model, lambda n: build_mitigation(mitigation, CONFIG, length=n), segment, rows)
+
+
+def texts(*lengths: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(256, size=n) for n in lengths]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["name"])
+@pytest.mark.parametrize("segment", [64, 100_000])
+def test_padding_batches_and_segments_change_nothing(rule: dict, segment: int) -> None:
+    reader = make_reader(rule, segment, rows=4)
+    contexts, endings = texts(1, 70, 33, 33, 5, 1, 90), texts(9, 3, 30, 1, 60, 2, 4)
+    pairs = list(zip(contexts, endings, strict=True))
+    pairs += [(contexts[1], endings[4]), (contexts[1], endings[0])]  # a context that three requests share
+    found = reader.likelihoods(pairs)
+    for (context, ending), score in zip(pairs, found, strict=True):
+        ids = torch.from_numpy(np.concatenate([context, ending]))[None]
+        with torch.inference_mode():
+            logits = reader.model(ids, mitigation=reader.rule(len(ids[0]))).logits[0, len(context) - 1 : -1]
+        log_p = logits.log_softmax(-1).gather(1, torch.from_numpy(ending)[:, None]).sum()
+        assert score.log_p == pytest.approx(float(log_p), rel=1e-4, abs=1e-3)
+        assert score.greedy == bool((logits.argmax(-1).numpy() == ending).all())
+
+
+def test_a_shared_context_is_read_once() -> None:
+    reader = make_reader({"name": "none"}, 4096, rows=8)
+    (context,), endings = texts(1000), texts(5, 5, 5, 5)
+    reader.likelihoods([(context, ending) for ending in endings])
+    assert reader.tokens == 1000 + 4 * 4
