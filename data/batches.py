@@ -52,6 +52,7 @@ class TrainBatches(Dataset[Batch]):
     """The micro-batches of one rank: item k is micro-batch k % accumulate of optimizer step k // accumulate.
 
     rank, world_size: among the data ranks, which read different rows. piece: of these rows.
+    stages_begin_anew: count samples from the step at which their length came: for rows only read in order.
 
     Step s consumes samples [s * batch_size, (s + 1) * batch_size) of `length` tokens. During the first
     `curriculum_steps` it consumes as many tokens in shorter samples. Ranks and micro-batches take contiguous
@@ -69,6 +70,7 @@ class TrainBatches(Dataset[Batch]):
     rank: int
     world_size: int
     piece: Piece = Piece()
+    stages_begin_anew: bool = False
 
     def __len__(self) -> int:
         return self.max_steps * self.accumulate
@@ -80,7 +82,9 @@ class TrainBatches(Dataset[Batch]):
             length, stage_start = self.curriculum_length, 0
         rows = self.batch_size * self.length // length
         size = rows // (self.accumulate * self.world_size)
-        first = step * rows + (part * self.world_size + self.rank) * size
+        first = (step - stage_start * self.stages_begin_anew) * rows + (
+            part * self.world_size + self.rank
+        ) * size
         batch = self.source.sample(length, range(first, first + size), (self.seed, TRAINING, length))
         if "document_starts" in batch and step == stage_start:
             batch["document_starts"][:, 0] = (

@@ -30,9 +30,9 @@ class PackedDocuments:
         """
         n_rows = max(1, len(self.stream) // length)
         epoch, index = np.divmod(np.asarray(indices, np.int64), n_rows)
-        key = _mix(_key(seed) + epoch.astype(np.uint64))
+        key = mix_words(hash_seed(seed) + epoch.astype(np.uint64))
         first = (key % np.uint64(length)).astype(np.int64)
-        return _cut_rows(self.stream, first + _permute(index, n_rows, key) * length, length)
+        return _cut_rows(self.stream, first + permute(index, n_rows, key) * length, length)
 
 
 class ConsecutiveDocuments:
@@ -50,38 +50,45 @@ class ConsecutiveDocuments:
         rows = self.tokens_per_step // length
         step, row = np.divmod(np.asarray(indices, np.int64), rows)
         size = len(self.stream)
-        origin = int(_key(seed)[0] % np.uint64(size))
+        origin = int(hash_seed(seed)[0] % np.uint64(size))
         return _cut_rows(self.stream, (origin + row * size // rows + step * length) % size, length)
 
 
 def _cut_rows(stream: TokenStream, firsts: Ints, length: int) -> Batch:
     """Rows of the ring that begin at positions `firsts` (n,)."""
     positions = firsts[:, None] + np.arange(-1, length + 1)
-    tokens = stream.take(positions)
     # The ring's first token starts a document too: the one before it may be the end of a cut document.
-    starts = (tokens[:, :-1] == stream.eos_id) | (positions[:, 1:] % len(stream) == 0)
+    return cut_rows(stream.take(positions), stream.eos_id, positions[:, 1:] % len(stream) == 0)
+
+
+def cut_rows(tokens: Ints, eos_id: int, also_starts: NDArray[np.bool_] | bool = False) -> Batch:
+    """Rows from their tokens (n, 1 + length + 1): the token before each, its own, and the one behind it.
+
+    also_starts: further tokens, all but the first, that start a document.
+    """
+    starts = (tokens[:, :-1] == eos_id) | also_starts
     return {
         "ids": torch.from_numpy(tokens[:, 1:-1].copy()),
         "targets": torch.from_numpy(tokens[:, 2:].copy()),
         "loss_weight": torch.from_numpy(np.where(starts[:, 1:], np.float32(0), np.float32(1))),
-        "answer": torch.zeros(len(firsts), length, dtype=torch.bool),
+        "answer": torch.zeros(len(tokens), tokens.shape[1] - 2, dtype=torch.bool),
         "document_starts": torch.from_numpy(starts[:, :-1].copy()),
     }
 
 
-def _key(seed: Sequence[int]) -> Words:
+def hash_seed(seed: Sequence[int]) -> Words:
     """64 random bits from a seed, (1,)."""
     return np.random.SeedSequence(list(seed)).generate_state(1, np.uint64).astype(np.uint64)
 
 
-def _mix(x: Words) -> Words:
+def mix_words(x: Words) -> Words:
     """The finalizer of splitmix64: a bijection of 64-bit words that scatters neighbours."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-def _permute(index: Ints, size: int, key: Words) -> Ints:
+def permute(index: Ints, size: int, key: Words) -> Ints:
     """Where a random permutation of [0, size) sends `index` (n,); `key` (n,) chooses the permutation.
 
     A Feistel network permutes the next power of four without a table, so memory does not grow with the
@@ -94,7 +101,7 @@ def _permute(index: Ints, size: int, key: Words) -> Ints:
     while outside.any():
         left, right = value[outside] >> half, value[outside] & mask
         for turn in range(4):
-            scrambled = _mix(key[outside] + (right << np.uint64(3)) + np.uint64(turn))
+            scrambled = mix_words(key[outside] + (right << np.uint64(3)) + np.uint64(turn))
             left, right = right, left ^ (scrambled & mask)
         value[outside] = left << half | right
         outside = value >= np.uint64(size)

@@ -8,10 +8,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from conf.schema import TrainConfig, require
 from data.batches import BatchLoader, Piece, Source, TrainBatches, TrainLoader, ValidationBatches
-from data.documents import ConsecutiveDocuments, PackedDocuments
+from data.opened import Documents
 from data.passkey import PasskeyTask
-from data.sources import Corpus, locate
-from data.store import TokenStore, build_store, locate_store
 from data.tokenizers import Tokenizer, load_tokenizer
 
 
@@ -39,8 +37,7 @@ class TokenDataModule(pl.LightningDataModule):
             config.model.vocab_size,
             f"data.tokenizer={config.data.tokenizer} needs at least {self.tokenizer.vocab_size}",
         )
-        self._corpus: Corpus | None = None
-        self._store: TokenStore | None = None
+        self._documents: Documents | None = None
         self._train: Source | None = None
         self._validation: Source | None = None
         if config.data.name == "passkey":
@@ -48,28 +45,18 @@ class TokenDataModule(pl.LightningDataModule):
             _check_passkey_fits(task, config)
             self._train = self._validation = task
         else:
-            self._corpus = locate(config.data.documents)
+            self._documents = Documents(config.data, self.tokenizer)
 
     def prepare_data(self) -> None:
         """Tokenise the documents, once for all runs that read them. Called in one process per node."""
-        if self._corpus is not None:
-            if not locate_store(self._corpus, self.tokenizer).exists():
-                rank_zero_info(f"tokenising documents into {locate_store(self._corpus, self.tokenizer)}")
-            meta = build_store(self._corpus, self.tokenizer).meta
-            rank_zero_info(
-                f"{meta['documents']:,} documents, {meta['tokens']:,} tokens; left out: "
-                f"{meta['shorter_than_min_tokens']:,} below min_tokens, {meta['files_not_utf8']:,} not UTF-8"
-            )
+        if self._documents is not None:
+            for line in self._documents.prepare():
+                rank_zero_info(line)
 
     def setup(self, stage: str) -> None:
         """Open the documents in every process."""
-        if self._corpus is not None:
-            data = self.config.data
-            self._store = build_store(self._corpus, self.tokenizer)
-            train, validation = self._store.split(data.documents.val_fraction)
-            self._train, self._validation = PackedDocuments(train), PackedDocuments(validation)
-            if data.documents.layout == "consecutive":
-                self._train = ConsecutiveDocuments(train, data.batch_size * data.train_length)
+        if self._documents is not None:
+            self._train, self._validation = self._documents.train(), self._documents.validation()
 
     def train_dataloader(self) -> TrainLoader:
         assert self.trainer is not None
@@ -84,13 +71,14 @@ class TokenDataModule(pl.LightningDataModule):
             accumulate=self.config.trainer.accumulate,
             curriculum_length=data.curriculum_length,
             curriculum_steps=data.curriculum_steps,
+            stages_begin_anew=self._documents is not None and data.documents.streaming,
             **self._share(trainer.global_rank),
         )
         _align_batch_progress(trainer, batches)
         return TrainLoader(
             batches,
             steps_done=lambda: trainer.global_step,
-            content="" if self._store is None else self._store.content,
+            content="" if self._documents is None else self._documents.content,
             num_workers=data.num_workers,
             pin_memory=_uses_cuda(trainer),
         )

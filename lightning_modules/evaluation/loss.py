@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from conf.schema import DataConfig
+from data.opened import Documents
 from data.passkey import PasskeyTask
-from data.sources import locate
-from data.store import TokenStream, build_store
+from data.store import Stream
 from data.tokenizers import Tokenizer
 from lightning_modules.evaluation.splits import Split, draw_seed, part_of
 from lightning_modules.evaluation.streaming import Reader, Source
@@ -63,14 +63,13 @@ def held_out_text(
     return documents_source(stream, length, prompts, seed, name), "held-out documents"
 
 
-def held_out_documents(data: DataConfig, tokenizer: Tokenizer, split: Split = "test") -> TokenStream:
+def held_out_documents(data: DataConfig, tokenizer: Tokenizer, split: Split = "test") -> Stream:
     """Of the documents that the training run on `data` never saw, tokenised, those of a split."""
-    held_out = build_store(locate(data.documents), tokenizer).split(data.documents.val_fraction)[1]
-    return part_of(held_out, split)
+    return part_of(Documents(data, tokenizer).held_out(), split)
 
 
 def documents_source(
-    stream: TokenStream, length: int, prompts: int, seed: int, name: str = "loss.length"
+    stream: Stream, length: int, prompts: int, seed: int, name: str = "loss.length"
 ) -> Source:
     """Stretches of the stream from evenly spaced places, behind a random offset.
 
