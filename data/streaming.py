@@ -187,7 +187,7 @@ class _Lane:
                 config = self.source.corpus.config
                 raise ValueError(
                     f"data.documents.source={config.source}: {empty:,} pieces in turn hold no document of at "
-                    f"least data.documents.min_tokens={config.min_tokens} tokens; lower it, or streaming=false"
+                    f"least data.documents.min_tokens={config.min_tokens} tokens; lower it or streaming=false"
                 )
 
     def _next_piece(self) -> int:

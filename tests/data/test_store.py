@@ -3,6 +3,7 @@
 import pickle
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from conf.schema import DocumentsConfig
 from data import store, tokenise
 from data.sources import Corpus, Piece, locate
-from data.store import TokenStore, TokenStream, build_store, locate_store
+from data.store import JoinedStreams, TokenStore, TokenStream, build_store, locate_store
 from data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 BYTES = ByteTokenizer()
@@ -207,6 +208,21 @@ def test_streams_travel_to_workers_without_their_tokens(tmp_path: Path) -> None:
     assert (pickle.loads(packed).take(positions) == before).all()
     assert before[0, 0] == BYTES.eos_id
     assert before[0, 1] == before[1, 0], "a ring"
+
+
+def test_joined_streams_read_one_after_another(tmp_path: Path) -> None:
+    streams = []
+    for name, letter in (("a", "x"), ("b", "y")):
+        texts = [letter * n for n in (3, 50, 70)]
+        streams.append(build_store(write_corpus(tmp_path / name, texts), BYTES).split(0.5)[1])
+    joined = JoinedStreams.of(streams)
+    apart = [stream.take(np.arange(len(stream))) for stream in streams]
+    whole = np.concatenate([*apart, *apart])
+    assert len(joined) == len(whole) // 2
+    assert (joined.take(np.arange(len(whole))) == whole).all(), "a ring"
+    part = replace(joined, start=2, stop=len(joined) - 1)
+    assert (part.take(np.arange(-1, len(part))) == whole[[len(joined) - 2, *range(2, len(joined) - 1)]]).all()
+    assert JoinedStreams.of(streams[:1]) is streams[0]
 
 
 def test_the_folder_is_known_before_it_exists(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_a_resumed_lane_passes_over_finished_pieces_unread(
     notes.unlink()
     read.clear()
     assert torch.equal(rows_of(stream(corpus), last), whole[-1]), "slower, as exact"
-    assert len(read) > 10 * ROWS
+    assert len(read) >= len(source.pieces)
 
 
 def test_too_few_pieces_and_documents_are_one_line(corpus: Corpus, tmp_path: Path) -> None:
@@ -131,9 +131,7 @@ def test_too_few_pieces_and_documents_are_one_line(corpus: Corpus, tmp_path: Pat
     ):
         stream(locate(DocumentsConfig(source=str(tmp_path / "one.txt"), streaming=True)))
     source = stream(corpus, min_tokens=1000)
-    with pytest.raises(
-        ValueError, match=r"^data\.documents\.source=[^\n]*min_tokens=1000 tokens; lower it, "
-    ):
+    with pytest.raises(ValueError, match=r"^data\.documents\.source=[^\n]*min_tokens=1000 tokens; lower it "):
         rows_of(source, [0])
 
 
