@@ -2,9 +2,9 @@
 
     python -m data.prepare CONFIG.yaml [more.yaml] [key=value ...]
 
-Takes what `lightning_modules.train` takes; only section `data` counts. A training run would do the same before
-its first step, while the other ranks wait: a large corpus is better prepared beforehand, on a machine without a
-GPU, with HF_DATASETS_CACHE on a disk that both see. Killed, it goes on where it was.
+Takes what `lightning_modules.train` takes; only section `data` counts. A training run does the same before its
+first step, while the other ranks wait: prepare a large corpus beforehand, on a machine without a GPU, with
+HF_DATASETS_CACHE on a disk that both see. Killed, it goes on where it was.
 """
 
 from conf.load import from_command_line, user_errors

@@ -193,10 +193,10 @@ def _write(scratch: Path, corpus: Corpus, tokenizer: Tokenizer, held_out: bool) 
     config = corpus.config
     maker = PartMaker(corpus, tokenizer, scratch, held_out)
     size = max(PIECE_BYTES, corpus.size // MOST_PIECES)
-    processes = config.processes or len(os.sched_getaffinity(0))
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count() or 1)
     parts: list[Part] = []
     tokens = 0
-    for part in make_parts(maker, corpus.pieces(size), processes):
+    for part in make_parts(maker, corpus.pieces(size), config.processes or cores):
         parts.append(part)
         tokens += int((part.stops - part.starts).sum())
         if config.max_tokens is not None and tokens >= config.max_tokens:

@@ -1,10 +1,14 @@
 """Tokenising at scale: several processes, resumed, filtered, without duplicates, in bounded memory."""
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -191,6 +195,25 @@ def members(session: int) -> list[int]:
         if int(fields[3]) == session and fields[0] != "Z":
             found.append(int(stat.parent.name))
     return found
+
+
+class Dying(ByteTokenizer):
+    """Stands for a process that the system ends for lack of memory."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode_batch(texts)
+
+
+def test_a_process_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["x" * 100] * 100)
+    monkeypatch.setattr(store, "PIECE_BYTES", 2000)
+    config = DocumentsConfig(source=str(source), processes=2)
+    with pytest.raises(ValueError, match=r"^data\.documents\.processes=2: a process[^\n]*try fewer[^\n]*$"):
+        build_store(locate(config), Dying())
+    monkeypatch.setattr(parts, "_pool", lambda *_: pytest.fail("one process needs no pool"))
+    assert build_store(locate(replace(config, processes=1)), Dying()).meta["documents"] == 100
 
 
 LIMITED = """
