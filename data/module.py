@@ -4,7 +4,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
 
 from conf.schema import TrainConfig, require
 from data.batches import BatchLoader, Piece, Source, TrainBatches, TrainLoader, ValidationBatches
@@ -38,6 +37,7 @@ class TokenDataModule(pl.LightningDataModule):
             f"data.tokenizer={config.data.tokenizer} needs at least {self.tokenizer.vocab_size}",
         )
         self._documents: Documents | None = None
+        self._prepared = False
         self._train: Source | None = None
         self._validation: Source | None = None
         if config.data.name == "passkey":
@@ -51,7 +51,9 @@ class TokenDataModule(pl.LightningDataModule):
         """Tokenise the documents, once for all runs that read them. Called in one process per node."""
         if self._documents is not None:
             for line in self._documents.prepare():
-                rank_zero_info(line)
+                if not self._prepared and (self.trainer is None or self.trainer.is_global_zero):
+                    print(line, flush=True)
+            self._prepared = True
 
     def setup(self, stage: str) -> None:
         """Open the documents in every process."""

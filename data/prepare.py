@@ -2,7 +2,7 @@
 
     python -m data.prepare CONFIG.yaml [more.yaml] [key=value ...]
 
-Takes what `lightning_modules.train` takes; only section `data` counts. A training run does the same before its
+Takes what `lightning_modules.train` takes; only section `data` counts. A training run does it before its
 first step, while the other ranks wait: prepare a large corpus beforehand, on a machine without a GPU, with
 HF_DATASETS_CACHE on a disk that both see. Killed, it goes on where it was.
 """
