@@ -1,7 +1,7 @@
 """Settings of `python -m lightning_modules.calibrate`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from conf.fields import option, require, require_at_least, section
 
@@ -64,7 +64,7 @@ class SearchConfig:
 class CalibrateConfig:
     """One calibration of one checkpoint."""
 
-    checkpoint: str = option("", "run directory or checkpoint file")
+    checkpoint: str = option("", "run directory, checkpoint file, or directory of a published model")
     output: str | None = option(None, "the file to write; none: next to the checkpoint")
     seed: int = option(0, "seed of the texts and of the search")
     print_config: bool = option(False, "print the resolved config and stop")
@@ -72,6 +72,9 @@ class CalibrateConfig:
     segment: int = option(4096, "tokens per forward pass, over all rows: memory grows with it alone")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "device")
     threads: int | None = option(None, "CPU threads; none: all cores")
+    data: dict[str, Any] = option(
+        {}, "of a checkpoint without a training config: data.train_length=N data.tokenizer=... as in train"
+    )
     mitigation: CalibratedMitigationConfig = section(CalibratedMitigationConfig)
     norms: NormsConfig = section(NormsConfig)
     filter: FilterConfig = section(FilterConfig)

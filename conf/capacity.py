@@ -1,13 +1,13 @@
 """Settings of a study of capacity: which state sizes, which training lengths, what counts as holding."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from conf.fields import option, require, require_at_least
 from conf.load import flatten
-from conf.schema import ModelConfig, TrainConfig
+from conf.schema import EvaluateConfig, ModelConfig, TrainConfig
 from conf.search_space import Point, grid, parse_space, unfold
 
 RETRY_SEED = 1000  # added to the seed by every retry: no seed of the plan is met again
@@ -27,9 +27,12 @@ class CapacityConfig:
     retry_lr: list[float] = option(
         [0.5, 2.0], "an unsolved run is tried again at optim.lr times these, with other seeds; then missing"
     )
-    solved: float = option(0.95, "exact match at its own length below which a run is unsolved")
+    solved: float = option(0.95, "passkey: exact match at its own length below which a run is unsolved")
     holds: float = option(
-        0.9, "collapse: recent exact match below this share of its in-length value anywhere"
+        0.9, "passkey: collapse is recent exact match below this share of its in-length value anywhere"
+    )
+    loss_factor: float = option(
+        2.0, "text: collapse is a loss above so many times its in-length maximum at any position"
     )
     recalled: float = option(0.95, "recall: exact match over all depths above this")
     resamples: int = option(200, "draws of seeds (and of prompts, in doubt) behind every interval")
@@ -45,6 +48,8 @@ class CapacityConfig:
         require_at_least("capacity", self, 0, "resamples")
         positive = all(factor > 0 for factor in self.retry_lr)
         require(positive, "capacity.retry_lr", self.retry_lr, "every factor must be positive, e.g. 0.5")
+        remedy = "must be above 1, e.g. 2.0"
+        require(self.loss_factor > 1, "capacity.loss_factor", self.loss_factor, remedy)
         for name in ("solved", "holds", "recalled"):
             value = getattr(self, name)
             require(0 < value < 1, f"capacity.{name}", value, "must lie between 0 and 1, e.g. 0.95")
@@ -97,6 +102,31 @@ def run_point(config: CapacityConfig, base: TrainConfig, size: Point, length: in
     if attempt:
         point |= {"optim.lr": size.get("optim.lr", base.optim.lr) * config.retry_lr[attempt - 1]}
     return point
+
+
+def check_evaluation(
+    config: CapacityConfig, base: TrainConfig, evaluate: EvaluateConfig, metrics: Iterable[str]
+) -> None:
+    """Whether runs of this base can be judged by what is measured of them: needles of passkey models, losses
+    of language models. Raises ValueError."""
+    suite = "loss" if base.data.name == "documents" else "passkey"
+    remedy = f"runs on data.name={base.data.name} are judged by {suite}: add it"
+    require(suite in evaluate.suites, "evaluate.suites", evaluate.suites, remedy)
+    for metric in metrics:
+        taken = metric.startswith("passkey/") and "passkey" not in evaluate.suites
+        remedy = "is not measured by these suites: e.g. train.metric=loss/max_beyond train.direction=minimize"
+        require(not taken, "train.metric", metric, remedy)
+    remedy = "each model is asked at 1x to 64x its own length; leave it out"
+    require(not evaluate.passkey.lengths, "evaluate.passkey.lengths", evaluate.passkey.lengths, remedy)
+    if suite == "loss":
+        loss, longest = evaluate.loss, config.lengths[-1]
+        remedy = "each model is asked to 64x its own length; leave it out, or bound it with loss.max_length"
+        require(loss.length is None, "evaluate.loss.length", loss.length, remedy)
+        enough = loss.max_length is None or loss.max_length >= 2 * longest
+        remedy = f"must reach beyond the longest training length, to {2 * longest} at least"
+        require(enough, "evaluate.loss.max_length", loss.max_length, remedy)
+        remedy = "the noise between prompts tells how sure an outcome is: at least 2, better 32"
+        require(loss.prompts >= 2, "evaluate.loss.prompts", loss.prompts, remedy)
 
 
 def rows_for(tokens_per_step: int | None, length: int) -> Point:

@@ -67,19 +67,28 @@ def flatten(config: Any) -> dict[str, Any]:
     return flat
 
 
-def from_command_line(schema: type[T], usage: str, argv: list[str] | None = None) -> T:
-    """Parse the command line of an entry point: answers `--help`, `print_config=true` and errors itself."""
+def from_command_line(
+    schema: type[T], usage: str, argv: list[str] | None = None, *, verbatim: str | None = None
+) -> T:
+    """Parse the command line of an entry point: answers `--help`, `print_config=true` and errors itself.
+
+    verbatim: a list of texts that are taken as they stand, one for each time that the setting is given.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(usage.strip(), "\n\nSettings (key=value), with their defaults:")
         print("\n".join(_help(schema)))
         raise SystemExit(0)
+    own = [argument for argument in argv if verbatim and argument.startswith(f"{verbatim}=")]
+    texts = [argument.partition("=")[2] for argument in own]
     with user_errors():
-        config = parse(schema, argv)
+        config: Any = parse(schema, [argument for argument in argv if argument not in own])
     if getattr(config, "print_config", False):
-        print(to_yaml(dataclasses.replace(config, print_config=False)), end="")  # type: ignore[type-var]
+        if verbatim and texts:  # as a file would have to hold them: OmegaConf reads ${...} as a reference
+            config = dataclasses.replace(config, **{verbatim: [t.replace("${", "\\${") for t in texts]})
+        print(to_yaml(dataclasses.replace(config, print_config=False)), end="")
         raise SystemExit(0)
-    return config
+    return dataclasses.replace(config, **{verbatim: texts}) if verbatim and texts else config
 
 
 class user_errors:

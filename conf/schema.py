@@ -211,6 +211,9 @@ class TrainerConfig:
         "auto", "auto: ddp as soon as there are several devices; deepspeed: ZeRO, see section deepspeed"
     )
     precision: Literal["32-true", "bf16-mixed"] = option("32-true", "bf16-mixed: states, decays in fp32")
+    cuda_graphs: bool = option(
+        False, "launch a micro-batch, forward and backward, as one CUDA graph: faster where few tokens fit"
+    )
     threads: int | None = option(None, "CPU threads of this process; none: all cores")
     log_every: int = option(10, "optimizer steps between logged points")
     val_every: int = option(100, "optimizer steps between validations")
@@ -302,6 +305,7 @@ class TrainConfig:
             f"must be below trainer.max_steps={self.trainer.max_steps}",
         )
         self._check_deepspeed()
+        self._check_cuda_graphs()
         self._check_initial_state(rows=self.data.batch_size // shares)
         self._check_mitigation()
         if self.trainer.context_parallel > 1:
@@ -348,6 +352,18 @@ class TrainConfig:
             factor, remedy = self.probe.factor, "the probe reads whole parameters: use deepspeed.stage=2, or "
             remedy += "0 and python -m lightning_modules.diagnose on a checkpoint"
             require(factor == 0, "probe.factor", factor, remedy)
+
+    def _check_cuda_graphs(self) -> None:
+        if not self.trainer.cuda_graphs:
+            return
+        name, trainer, segments = "trainer.cuda_graphs", self.trainer, self.initial_state.bptt_segments
+        require(trainer.accelerator != "cpu", name, "true", "needs a CUDA device: leave it out on a CPU")
+        remedy = "not with trainer.strategy=deepspeed, whose hooks a graph would not run: use ddp"
+        require(trainer.strategy != "deepspeed", name, "true", remedy)
+        remedy = "not with trainer.context_parallel above 1, whose ranks talk within a layer"
+        require(trainer.context_parallel == 1, name, "true", remedy)
+        remedy = f"not with initial_state.bptt_segments={segments}, whose gradients leave the micro-batch"
+        require(segments == 1, name, "true", remedy)
 
     def _check_mitigation(self) -> None:
         rule = self.mitigation
@@ -415,12 +431,13 @@ class LossEvalConfig:
     """Loss by position on long prompts."""
 
     length: int | None = option(None, "tokens per prompt; none: 64x the training length")
+    max_length: int | None = option(None, "where length is none: no more tokens than this; none: no bound")
     prompts: int = option(4, "prompts averaged")
     bucket: int | None = option(None, "tokens per averaged bucket; none: train_length / 4")
 
     def __post_init__(self) -> None:
         require_at_least("loss", self, 1, "prompts")
-        for name in ("length", "bucket"):
+        for name in ("length", "max_length", "bucket"):
             if getattr(self, name) is not None:
                 require_at_least("loss", self, 1, name)
 
@@ -440,13 +457,16 @@ class StatesEvalConfig:
 class MeasureConfig:
     """What every command that measures one checkpoint takes."""
 
-    checkpoint: str = option("", "run directory or checkpoint file")
+    checkpoint: str = option("", "run directory, checkpoint file, or directory of a published model")
     run_dir: str | None = option(None, "where results go; none: a new directory under runs/")
     seed: int = option(1, "seed of the prompts")
     print_config: bool = option(False, "print the resolved config and stop")
     segment: int = option(4096, "tokens per forward pass, over all rows: memory grows with it alone")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "device")
     threads: int | None = option(None, "CPU threads; none: all cores")
+    data: dict[str, Any] = option(
+        {}, "of a checkpoint without a training config: data.train_length=N data.tokenizer=... as in train"
+    )
     mitigation: MitigationConfig = section(MitigationConfig)
     tracking: TrackingConfig = section(TrackingConfig)
 

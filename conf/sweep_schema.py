@@ -6,9 +6,16 @@ of a grid (the extremes of a range) by building the whole config of that trial.
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from conf.capacity import RETRY_SEED, CapacityConfig, rows_for, run_point, state_sizes
+from conf.capacity import (
+    RETRY_SEED,
+    CapacityConfig,
+    check_evaluation,
+    rows_for,
+    run_point,
+    state_sizes,
+)
 from conf.load import parse
 from conf.schema import (
     EvaluateConfig,
@@ -27,6 +34,7 @@ from conf.sweep_stages import (
     StorageConfig,
     TrainStageConfig,
     check_stage,
+    objectives_of,
 )
 
 
@@ -130,6 +138,26 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.study), "study", "''", "give the study directory: study=DIR")
+
+
+@dataclass(kw_only=True)
+class RegisterConfig:
+    """The best model of a sweep, registered in MLflow."""
+
+    study: str = option("", "the study directory")
+    name: str = option("", "of the registered model; a name that exists gets a new version")
+    stage: Literal["train", "confirm"] = option(
+        "train", "best by what: train: the models' objective; confirm: the comparison of mitigations"
+    )
+    trial: int | None = option(None, "number of the training trial to register; none: the best of the stage")
+    layout: Literal["hf", "ours", "state-spaces"] = option("hf", "layout of the files, as in convert")
+    max_shard_size: str = option("5GB", "layout=hf: largest file of weights, e.g. 500MB")
+
+    def __post_init__(self) -> None:
+        require(bool(self.study), "study", "''", "give the study directory: study=DIR")
+        require(bool(self.name), "name", "''", "give the registered model's name: name=NAME")
+        taken = any(letter in self.name for letter in "/:.%\"'")
+        require(not taken, "name", self.name, "must hold none of / : . % and quotes")
 
 
 def train_base(config: SweepConfig) -> TrainConfig:
@@ -243,23 +271,15 @@ def _check_train_space(config: SweepConfig) -> None:
 
 def _check_capacity(config: SweepConfig) -> None:
     """Build the config of every size at every length, retries included."""
-    train, measured = config.train, unfold(config.evaluate)
+    train = config.train
     for name, value in (("train.space", train.space), ("train.checkpoints", train.checkpoints)):
         require(not value, name, value, "belongs to another kind of sweep than capacity.series")
     require(not config.mitigation.space, "mitigation.space", "...", "is no stage of a study of capacity")
     spread = max(train.seeds) - min(train.seeds) < RETRY_SEED
     require(spread, "train.seeds", train.seeds, f"must lie within {RETRY_SEED}: retries take those beyond")
-    lengths = measured.get("passkey.lengths", [])
-    remedy = "each model is asked at 1x to 64x its own length; leave it out"
-    require(not lengths, "evaluate.passkey.lengths", lengths, remedy)
-    require(
-        "passkey" in measured.get("suites", ["passkey"]),
-        "evaluate.suites",
-        measured.get("suites"),
-        "needs passkey",
-    )
     base = train_base(config)
-    require(base.data.name == "passkey", "train.base", base.data.name, "a study of capacity trains passkey")
+    evaluate = _parse("evaluate", EvaluateConfig, [{"checkpoint": "-"}, evaluation(config, stage="train")])
+    check_evaluation(config.capacity, base, evaluate, objectives_of(train))
     sizes, lengths = state_sizes(config.capacity, base), config.capacity.lengths
     runs = [(sizes[0], length, 0) for length in lengths] + [(size, lengths[0], 0) for size in sizes]
     runs += [(sizes[0], lengths[0], i + 1) for i in range(len(config.capacity.retry_lr))]

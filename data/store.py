@@ -114,6 +114,7 @@ class TokenStore:
         return self.meta["content"]
 
     def whole(self) -> TokenStream:
+        """All documents."""
         return TokenStream(self.folder, self.meta["dtype"], self.meta["eos_id"], 0, self.meta["tokens"])
 
     def split(self, val_fraction: float) -> tuple[TokenStream, TokenStream]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,21 @@ from kernels.norm import gated_rms_norm, rms_norm
 from kernels.ssd import Mitigation, ssd_scan
 from lightning_modules.mitigations import AnyMitigation, for_layers
 from lightning_modules.state import LayerState, ModelState
+
+if TYPE_CHECKING:
+    from data.tokenizers import Tokenizer
+    from lightning_modules.generation.loop import Generation
+
+
+class Operators(Protocol):
+    """What stands in for the functions of these names that hand something from token to token: the ranks of
+    a `Context`, the single token of `lightning_modules.generation.step`."""
+
+    def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Any: ...
+
+    def ssd_scan(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Any: ...
+
+    def positions(self, position: Tensor, starts: Tensor | None, length: int) -> tuple[Tensor, Tensor]: ...
 
 
 class RMSNorm(nn.RMSNorm):
@@ -74,7 +89,7 @@ class Mamba2(nn.Module):
         document_starts: Tensor | None,
         position: Tensor,
         mitigation: Mitigation,
-        context: Context | None = None,
+        context: Operators | None = None,
     ) -> tuple[Tensor, LayerState]:
         """u (B, T, d_model) -> (B, T, d_model) and the state after the last token.
 
@@ -137,7 +152,7 @@ class Block(nn.Module):
         document_starts: Tensor | None,
         position: Tensor,
         mitigation: Mitigation,
-        context: Context | None = None,
+        context: Operators | None = None,
     ) -> tuple[Tensor, LayerState]:
         out, state = self.mixer(self.norm(hidden), state, document_starts, position, mitigation, context)
         return hidden + out, state
@@ -159,7 +174,7 @@ class Mamba2Backbone(nn.Module):
         state: ModelState,
         document_starts: Tensor | None,
         mitigations: tuple[Mitigation, ...],
-        context: Context | None = None,
+        context: Operators | None = None,
     ) -> tuple[Tensor, ModelState]:
         """ids (B, T) int64 -> hidden (B, T, d_model) and the state after the last token."""
         hidden, length = self.embedding(ids), ids.shape[1]
@@ -214,13 +229,14 @@ class Mamba2LM(nn.Module):
         *,
         document_starts: Tensor | None = None,
         mitigation: AnyMitigation | None = None,
-        context: Context | None = None,
+        context: Operators | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Final hidden states (B, T, d_model) of ids (B, T) int64, continuing from `state`.
 
         document_starts: (B, T) bool; every layer's state is zero before a True token.
         context: the ranks among which the rows are sharded, where ids are this rank's piece. States are then
             those before and after the whole rows; inputs of the convolution count on the first rank alone.
+            Or what else stands in for the operators.
         """
         rules = for_layers(mitigation, self.config.n_layers)
         if state is None:
@@ -256,6 +272,34 @@ class Mamba2LM(nn.Module):
             ids, state, document_starts=document_starts, mitigation=mitigation, context=context
         )
         return linear_cross_entropy(hidden, self.lm_head.weight, targets), state
+
+    def generate(
+        self,
+        ids: Any,
+        *,
+        mask: Tensor | None = None,
+        tokenizer: "Tokenizer | None" = None,
+        state: ModelState | None = None,
+        mitigation: AnyMitigation | None = None,
+        **settings: Any,
+    ) -> "Generation":
+        """Continue every prompt, at constant memory a token; docs/generation.md.
+
+        Args:
+            ids: prompts, a sequence of ids each, of any lengths; or a tensor (B, T).
+            mask: (B, T) bool, true for tokens; what is false is padding and changes nothing.
+            tokenizer: for text, stop strings and the end of text; None: only tokens.
+            state: of an earlier text, of one row for all prompts or of a row each.
+            settings: of `conf.generate_schema.DecodingConfig`: max_new_tokens, temperature, top_k, ...
+        """
+        from conf.generate_schema import DecodingConfig
+        from lightning_modules.generation.loop import Generator, as_prompts, generate
+
+        config = DecodingConfig(**settings)
+        prompts = as_prompts(ids, mask)
+        return generate(
+            Generator(self, prompts, config, tokenizer=tokenizer, state=state, mitigation=mitigation)
+        )
 
 
 def _compute_dtype(t: Tensor) -> torch.dtype:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_modules.graphs import StaticInputs, capture
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.state import ModelState
-
-WARM_UP = 3  # eager steps before the capture: kernels are compiled and tuned, buffers allocated
 
 
 class CapturedStep:
@@ -28,43 +27,28 @@ class CapturedStep:
         state: ModelState | None,
     ) -> None:
         self.module, self.optimizer = module, optimizer
-        self.batch = {name: value.clone() for name, value in batch.items() if name != "answer"}
-        self.state = None if state is None else state.with_tensors(t.clone() for t in state.tensors())
+        self.inputs = StaticInputs({n: value for n, value in batch.items() if n != "answer"}, state)
         for group in optimizer.param_groups:
             if not isinstance(group["lr"], Tensor):
-                group["lr"] = torch.tensor(group["lr"], device=self.batch["ids"].device)
+                group["lr"] = torch.tensor(group["lr"], device=batch["ids"].device)
             group["capturable"] = True
         before = self._snapshot()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                optimizer.zero_grad(set_to_none=True)
-                self._compute()
-        torch.cuda.current_stream().wait_stream(side)
-        optimizer.zero_grad(set_to_none=True)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss, self.norm, self.final = self._compute()
+        self.graph, (self.loss, self.norm, self.final) = capture(self._compute)
         self._put_back(before)
 
     def replay(self, batch: dict[str, Tensor], state: ModelState | None) -> ModelState:
         """One step; returns the state after the batch, a copy that later replays leave alone."""
-        for name, value in self.batch.items():
-            value.copy_(batch[name])
-        if self.state is not None:
-            assert state is not None
-            for static, value in zip(self.state.tensors(), state.tensors(), strict=True):
-                static.copy_(value)
+        self.inputs.fill(batch, state)
         self.graph.replay()
         return self.final.with_tensors(t.clone() for t in self.final.tensors())
 
     def _compute(self) -> tuple[Tensor, Tensor, ModelState]:
-        module, batch = self.module, self.batch
+        module, batch = self.module, self.inputs.batch
+        self.optimizer.zero_grad(set_to_none=True)  # gradients are the graph's own
         losses, final = module.model.token_losses(
             batch["ids"],
             batch["targets"],
-            self.state,
+            self.inputs.state,
             document_starts=batch.get("document_starts"),
             mitigation=module.mitigation,
         )

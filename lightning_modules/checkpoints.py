@@ -3,7 +3,8 @@
 A training checkpoint (.ckpt) is Lightning's dictionary plus `config`, `rng`, `step` and `mlflow_run_id`:
 plain dicts, lists, scalars and tensors. Whatever is read here is read with `weights_only=True`: no code runs.
 
-    load_model(path)      path: a run directory, a .ckpt, or a directory written by save_model
+    load_model(path)      path: a run directory, a .ckpt, a directory written by save_model, or a published
+                          Mamba-2 (Hugging Face or state-spaces layout)
     save_model(model, path)
     load_config(path)     the training config that made it
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 from conf.load import from_dict, to_dict, to_yaml
 from conf.schema import ModelConfig, TrainConfig
 from lightning_modules.backbone import Mamba2LM
+from lightning_modules.conversion.published import is_published, read_published
 from lightning_modules.run_dir import write_text
 
 WEIGHTS = "model.safetensors"
@@ -40,7 +42,7 @@ def load_model(
     Raises ValueError (one line) for a missing, damaged or foreign file.
     """
     path = Path(path)
-    config, weights = _read_model(path)
+    config, weights = read_model(path)
     # Initial values are drawn and overwritten: leave the caller's random numbers alone.
     with torch.random.fork_rng(devices=[]):
         model = Mamba2LM(from_dict(ModelConfig, config))
@@ -53,20 +55,27 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Raises ValueError (one line) for a missing, damaged or foreign file.
     """
-    return _read_model(Path(path))[1]
+    return read_model(Path(path))[1]
 
 
 def save_model(model: Mamba2LM, path: str | Path, config: TrainConfig | None = None) -> None:
     """Write a directory: model.safetensors, and config.yaml with the training config where it is known."""
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     if model.config.tie_embeddings:
         del weights[TIED]
+    save_weights(weights, model.config, path, config)
+
+
+def save_weights(
+    weights: dict[str, Tensor], model: ModelConfig, path: str | Path, config: TrainConfig | None = None
+) -> None:
+    """`save_model` from the parameters alone, a tied head left out; their dtypes are kept."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
     temporary = path / f".{WEIGHTS}.tmp"
     save_safetensors(weights, temporary)
     os.replace(temporary, path / WEIGHTS)
-    text = to_yaml(config) if config is not None else OmegaConf.to_yaml({"model": to_dict(model.config)})
+    text = to_yaml(config) if config is not None else OmegaConf.to_yaml({"model": to_dict(model)})
     write_text(path / "config.yaml", text)
 
 
@@ -75,14 +84,20 @@ def load_config(path: str | Path) -> TrainConfig:
 
     Raises ValueError (one line) where `path` cannot be read, or holds a model saved without one.
     """
+    config = find_config(path)
+    if config is None:
+        raise ValueError(f"{path}: saved without its training config: use save_model(model, path, config)")
+    return config
+
+
+def find_config(path: str | Path) -> TrainConfig | None:
+    """`load_config`, or None of a model published or saved without one."""
     path = Path(path)
+    if is_published(path):
+        return None
     if (path / WEIGHTS).is_file():
         saved = _saved_config(path)
-        if "data" not in saved:
-            raise ValueError(
-                f"{path}: saved without its training config: use save_model(model, path, config)"
-            )
-        return from_dict(TrainConfig, saved)
+        return from_dict(TrainConfig, saved) if "data" in saved else None
     return from_dict(TrainConfig, _load_checkpoint(path)["config"])
 
 
@@ -228,8 +243,11 @@ def _stamp(file: Path) -> tuple[Any, ...]:
     return (str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
-def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and parameters of the model at `path`."""
+def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and parameters, in the dtypes they were saved in, of the model at `path` (as for load_model)."""
+    if is_published(path):
+        parameters = read_published(path)
+        return to_dict(parameters.config), parameters.weights
     if (path / WEIGHTS).is_file():
         return _saved_config(path).get("model", {}), _read_weights(path / WEIGHTS)
     contents = _load_checkpoint(path)

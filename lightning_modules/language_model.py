@@ -22,6 +22,7 @@ from lightning_modules.finite import (
     first_of_ranks,
     watch_forward,
 )
+from lightning_modules.graphs import GraphedLoss
 from lightning_modules.initial_state import Batch, FittedNoise, InitialState, Noise, Passed, Rows
 from lightning_modules.mitigations import build_mitigation
 from lightning_modules.optim import build_optimizer, build_schedule
@@ -61,6 +62,7 @@ class LanguageModel(pl.LightningModule):
         self._micro_batches: list[tuple[Batch, ModelState | None]] = []
         self._step_weight = torch.ones(())  # of the optimizer step, on all ranks
         self.context: Context | None = None  # the ranks that share this one's rows
+        self._graphed: GraphedLoss | None = None
 
     def setup(self, stage: str) -> None:
         """Find the ranks of a 2-D mesh, data x context, that hold other pieces of this rank's rows."""
@@ -89,6 +91,13 @@ class LanguageModel(pl.LightningModule):
         schedule = build_schedule(optimizer, self.config.optim, self.config.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        if self.config.trainer.cuda_graphs:
+            if self.device.type != "cuda":
+                raise RunError("trainer.cuda_graphs=true: needs a CUDA device; leave it out")
+            names = ("ids", "targets", "loss_weight", "document_starts")
+            self._graphed = GraphedLoss(self._weighted_loss, list(self.parameters()), names)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """sum(weight * nll) of a micro-batch over the mean of the step's micro-batches' weights.
 
@@ -101,6 +110,15 @@ class LanguageModel(pl.LightningModule):
         if part == 0:
             self._step_weight = self.trainer.strategy.reduce(batch["step_weight"].clone(), reduce_op="sum")
         state = self.initial_state.begin(self.model, batch, rows)
+        loss, final = (self._graphed or self._weighted_loss)(batch, state)
+        self.initial_state.end(batch, rows, final)
+        self._add("loss", loss.detach())
+        self._add("weight", batch["loss_weight"].sum())
+        self._micro_batches.append((batch, None if state is None else state.detach()))
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size / self._step_weight)
+
+    def _weighted_loss(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
+        """sum(weight * nll) of a micro-batch, and the state after it."""
         losses, final = segmented_losses(
             self.model,
             batch["ids"],
@@ -112,12 +130,7 @@ class LanguageModel(pl.LightningModule):
             truncate_after=self.config.trainer.truncate_after,
             context=self.context,
         )
-        self.initial_state.end(batch, rows, final)
-        loss = (batch["loss_weight"] * losses).sum()
-        self._add("loss", loss.detach())
-        self._add("weight", batch["loss_weight"].sum())
-        self._micro_batches.append((batch, None if state is None else state.detach()))
-        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size / self._step_weight)
+        return (batch["loss_weight"] * losses).sum(), final
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Called once a step. Raises RunError if the loss is not finite."""

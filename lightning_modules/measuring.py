@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from conf.calibrate_schema import CalibrateConfig
-from conf.load import flatten
-from conf.schema import MeasureConfig, TrainConfig
+from conf.load import flatten, from_dict
+from conf.schema import DataConfig, MeasureConfig, TrainConfig
 from data.tokenizers import Tokenizer, load_tokenizer
-from lightning_modules.checkpoints import WEIGHTS, list_checkpoints
+from lightning_modules.checkpoints import find_config, list_checkpoints, read_model
+from lightning_modules.conversion.tokenizer_files import has_tokenizer
+from lightning_modules.guests.load import guest_config, is_guest
 from lightning_modules.run_dir import write_text
 
 # Settings that leave the measurements as they are, rounding aside.
@@ -30,6 +32,39 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def trained_config(config: MeasureConfig | CalibrateConfig) -> TrainConfig:
+    """How the checkpoint was trained: what it says itself, else what the setting `data` says.
+
+    Raises ValueError (one line) where it is needed and missing, or given and not needed.
+    """
+    checkpoint = Path(config.checkpoint)
+    own = find_config(checkpoint)
+    if own is not None:
+        if config.data:
+            raise ValueError(
+                f"data={config.data}: {checkpoint} says itself how it was trained: leave these settings out"
+            )
+        return own
+    settings = {"name": "documents", **config.data}
+    if "tokenizer" not in settings and has_tokenizer(checkpoint):
+        settings["tokenizer"] = str(checkpoint)
+    for name, example in (("train_length", "2048"), ("tokenizer", "EleutherAI/gpt-neox-20b")):
+        if name not in settings:
+            raise ValueError(
+                f"checkpoint={checkpoint}: holds no training config: say what it was trained with, e.g. "
+                f"data.{name}={example}"
+            )
+    if not is_guest(checkpoint):
+        return from_dict(TrainConfig, {"model": read_model(checkpoint)[0], "data": settings})
+    shape = guest_config(checkpoint)
+    if config.mitigation.name != "none":
+        raise ValueError(
+            f"mitigation.name={config.mitigation.name}: acts in our own scan, and {checkpoint} is a "
+            f"{shape.family}: measure it without"
+        )
+    return TrainConfig(model=shape, data=from_dict(DataConfig, settings))
 
 
 def tokenizer_of(config: MeasureConfig | CalibrateConfig, trained: TrainConfig) -> Tokenizer:
@@ -78,11 +113,14 @@ def write_output(path: Path, text: str) -> None:
 def identity(config: MeasureConfig) -> str:
     """Hash of the settings that decide the measurements and of the checkpoint's files."""
     settings = {name: value for name, value in flatten(config).items() if not name.startswith(FREE_SETTINGS)}
+    if not config.data:
+        del settings["data"]
     if config.mitigation.calibration is not None:  # what it says counts, not where it lies
         contents = Path(config.mitigation.calibration).read_bytes()
         settings["mitigation.calibration"] = hashlib.sha256(contents).hexdigest()
     path = Path(config.checkpoint)
-    files = [*list_checkpoints(path / "checkpoints"), path / WEIGHTS] if path.is_dir() else [path]
+    weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    files = [*list_checkpoints(path / "checkpoints"), *weights] if path.is_dir() else [path]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     return hashlib.sha256(json.dumps([settings, stats], sort_keys=True).encode()).hexdigest()[:16]
 
@@ -98,6 +136,8 @@ def params(config: MeasureConfig, trained: TrainConfig) -> dict[str, Any]:
     skipped = ("run_dir", "print_config", "tracking.")
     kept = ("model.", "data.name", "data.train_length", "data.tokenizer")
     measured = {name: value for name, value in flatten(config).items() if not name.startswith(skipped)}
+    if not config.data:
+        del measured["data"]
     model = {name: value for name, value in flatten(trained).items() if name.startswith(kept)}
     return measured | model | {"train.seed": trained.seed}
 

@@ -80,6 +80,11 @@ def one_line(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
+def no_such_run(error: Exception) -> bool:
+    """Whether the store has answered that it does not know a run."""
+    return getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
+
+
 def _experiment_id(client: "MlflowClient", config: TrackingConfig) -> str:
     experiment = client.get_experiment_by_name(config.experiment)
     if experiment is not None:

@@ -1,4 +1,4 @@
-"""What an evaluation needs besides its own settings, for a process that forks evaluations (sweeps.warm).
+"""What an evaluation needs besides its settings, for a process that forks evaluations (sweeps.trials.warm).
 
 Importing this computes nothing and opens nothing: a process with threads of its own must not fork.
 """

@@ -58,6 +58,7 @@ def require_side_by_side(config: TrainConfig) -> None:
     require(config.data.name == "passkey", name, "...", "trains passkey prompts: data.name=passkey")
     alone = config.continue_from is None and not trainer.keep_stable
     require(alone, name, "...", "neither continues another run nor is continued: train lengths alone")
+    require(not trainer.cuda_graphs, name, "...", "makes graphs of its own: leave trainer.cuda_graphs out")
     require(config.probe.factor == 0, name, "...", "has no probe: leave probe.factor at 0")
 
 

@@ -94,6 +94,12 @@ class Tracker:
             status = getattr(kind, "run_status", status)
         self.close(status)
 
+    def take_over(self, client: "MlflowClient", run: Any) -> None:
+        """In place of `__enter__`: fill a run that the caller has made with params and the points on disk."""
+        self.client, self.run_id = client, run.info.run_id
+        self._log_params(run)
+        self._take_up(run)
+
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record values at `step`. A (key, step) that the run holds already is left as it is."""
         if not self.active:
@@ -207,15 +213,13 @@ class Tracker:
         return found[0] if found else None
 
     def _describe(self, run: Any) -> None:
-        """Status, params that the run lacks (they cannot change) and tags."""
-        from mlflow.entities import Param, RunTag
+        """Status, params and tags."""
+        from mlflow.entities import RunTag
 
         client = self._client()
         if run.info.status != "RUNNING":
             client.update_run(run.info.run_id, status="RUNNING")
-        missing = [Param(k, str(v)) for k, v in self.params.items() if k not in run.data.params]
-        for i in range(0, len(missing), 100):
-            client.log_batch(run.info.run_id, params=missing[i : i + 100])
+        self._log_params(run)
         jobs = chain(run.data.tags.get(JOBS_TAG, ""), job_name())
         tags = {
             "host": socket.gethostname(),
@@ -226,6 +230,14 @@ class Tracker:
             **self.config.tags,
         }
         client.log_batch(run.info.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
+
+    def _log_params(self, run: Any) -> None:
+        """Those that the run lacks: they cannot change."""
+        from mlflow.entities import Param
+
+        missing = [Param(k, str(v)) for k, v in self.params.items() if k not in run.data.params]
+        for i in range(0, len(missing), 100):
+            self._client().log_batch(run.info.run_id, params=missing[i : i + 100])
 
     def _take_up(self, run: Any) -> None:
         """Compare with MLflow point by point: a kill may have come between any two writes."""

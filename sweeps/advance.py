@@ -13,9 +13,9 @@ from rich.console import Console
 
 from lightning_modules.run_dir import write_text
 from sweeps.conduct import Sweep
-from sweeps.locks import ProcessLock
-from sweeps.store import Store
-from sweeps.study_dir import load
+from sweeps.stores.locks import ProcessLock
+from sweeps.stores.store import Store
+from sweeps.stores.study_dir import load
 from sweeps.supervise import Pending, states_of
 
 

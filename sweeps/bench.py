@@ -83,10 +83,10 @@ def _queue(sweep: str, settings: list[str]) -> None:
 
 def _run_all(study_dir: Path, stage: str, warm: list[bool]) -> list[Phases]:
     """Run the waiting trials of a stage as a worker does, and time them."""
-    from sweeps.claims import claim, finish
-    from sweeps.store import Store
-    from sweeps.study_dir import load
-    from sweeps.trial import run_trial
+    from sweeps.stores.store import Store
+    from sweeps.stores.study_dir import load
+    from sweeps.trials.claims import claim, finish
+    from sweeps.trials.trial import run_trial
 
     config = load(study_dir)
     measured = []

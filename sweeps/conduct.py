@@ -21,18 +21,16 @@ from optuna.study import Study
 from optuna.trial import TrialState
 from rich.console import Console
 
-from conf.load import flatten
 from conf.objectives import Direction
 from conf.sweep_schema import SweepConfig, mitigation_points
 from conf.sweep_stages import objectives_of
 from lightning_modules.tracking import Tracker
-from sweeps.budget import is_spent
 from sweeps.endings import GOES_ON, DatabaseGone
 from sweeps.laws.capacity import STUDY as CAPACITY
 from sweeps.laws.capacity import plan_capacity
-from sweeps.live import Display, duration
-from sweeps.locks import ProcessLock
-from sweeps.plans import (
+from sweeps.mending.lost_runs import stage_tracker
+from sweeps.planning.budget import is_spent
+from sweeps.planning.plans import (
     Plan,
     plan_given,
     plan_mitigations,
@@ -40,17 +38,20 @@ from sweeps.plans import (
     plan_siblings,
     plan_training,
 )
+from sweeps.planning.samplers import point_of, powers_of
 from sweeps.reconcile import mend_study, reconcile
 from sweeps.report import make_console, write_report
-from sweeps.results import Measured, best_settings, collect, finished, worst_collapse
-from sweeps.samplers import point_of, powers_of
-from sweeps.steps import is_full
-from sweeps.store import Store
-from sweeps.studies import enqueue, latest, make_study, retry_failed
-from sweeps.study_dir import prepare
+from sweeps.reports.live import Display, duration
+from sweeps.reports.results import Measured, best_settings, collect, finished, worst_collapse
+from sweeps.stores.locks import ProcessLock
+from sweeps.stores.store import Store
+from sweeps.stores.studies import enqueue, latest, make_study, retry_failed
+from sweeps.stores.study_dir import prepare
 from sweeps.supervise import Pending, Stopped, SweepFailed, Workers
+from sweeps.trials.steps import is_full
 
 BASELINE = {"mitigation.name": "none"}
+FEW_RESAMPLES = 20  # of a report on the way; 200 may take longer than what budget_minutes leaves
 BUDGET_OVER = 0  # among received signals, whose numbers begin at 1
 
 Grow = Callable[[Study], Plan]
@@ -93,6 +94,8 @@ def conduct(config: SweepConfig, command: str) -> int:
                 console.print(f"error: {error}. To go on:  {command}", soft_wrap=True, highlight=False)
                 return 1
             over = signals[0] == BUDGET_OVER
+            if over and isinstance(error, Stopped):
+                _report_so_far(study_dir, console)
             why = f"Stopped after budget_minutes={config.budget_minutes:g}" if over else "Stopped"
             console.print(
                 f"{why}; what is finished is kept. To go on:  {command}", soft_wrap=True, highlight=False
@@ -221,13 +224,7 @@ class Sweep:
 
     def _parent(self, name: str) -> Tracker:
         """The MLflow run above a stage's trials: found again by every later start."""
-        folder = self.study_dir / name
-        folder.mkdir(exist_ok=True)
-        tags = {"sweep": self.config.name, "stage": name, "study_dir": str(self.study_dir)}
-        params = {key: value for key, value in flatten(self.config).items() if value not in (None, {}, [])}
-        return Tracker(
-            self.config.tracking, folder, name=f"{self.config.name}/{name}", params=params, tags=tags
-        )
+        return stage_tracker(self.config, self.study_dir, name)
 
     def _record(self, tracker: Tracker, studies: list[Study], is_last: bool) -> None:
         """The stage's values, the report so far and its figures, into the parent run; the last is printed."""
@@ -237,6 +234,17 @@ class Sweep:
                 tracker.log_metrics(metrics, step=measured.number)
         for path in write_report(self.study_dir, self.console if is_last else Console(quiet=True)):
             tracker.log_artifact(path, "figures" if path.suffix == ".png" else None)
+
+
+def _report_so_far(study_dir: Path, console: Console) -> None:
+    """Of a sweep that its budget has stopped: in seconds, and never in the way of how it ends."""
+    try:
+        write_report(study_dir, Console(quiet=True), resamples=FEW_RESAMPLES)
+    except (OSError, ValueError, DatabaseGone) as error:
+        line = f"No report of what there is: {error}"
+    else:
+        line = f"What there is so far:  {study_dir / 'report.html'}"
+    console.print(line, soft_wrap=True, highlight=False)
 
 
 @contextmanager

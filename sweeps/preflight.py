@@ -25,7 +25,7 @@ from conf.preflight import PreflightConfig
 from conf.schema import TrainConfig
 from conf.sweep_schema import SweepConfig, check, train_base
 from lightning_modules.run_dir import is_rank_zero
-from sweeps.preflight_checks import Subject, checks_of
+from sweeps.readiness.checks import Subject, checks_of
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,14 +19,14 @@ from conf.sweep_schema import ReconcileConfig
 if TYPE_CHECKING:
     from optuna.study import Study
 
-    from sweeps.store import Store
+    from sweeps.stores.store import Store
 
 
 def main(argv: list[str] | None = None) -> int:
     args = from_command_line(ReconcileConfig, __doc__ or "", argv)
     with user_errors():
         from sweeps.endings import DatabaseGone
-        from sweeps.studies import open_store
+        from sweeps.stores.studies import open_store
 
         try:
             lines = reconcile(open_store(Path(args.study), repair=True))
@@ -44,7 +44,7 @@ def reconcile(store: "Store", *, holds_sweep_lock: bool = False) -> list[str]:
 
     holds_sweep_lock: the caller is the sweep itself, whose own MLflow runs are in use.
     """
-    from sweeps.mend_runs import mend_runs
+    from sweeps.mending.runs import mend_runs
 
     lines = store.repairs + [line for study in store.load_studies() for line in mend_study(store, study)]
     if store.config.tracking.enabled:
@@ -54,8 +54,8 @@ def reconcile(store: "Store", *, holds_sweep_lock: bool = False) -> list[str]:
 
 def mend_study(store: "Store", study: "Study") -> list[str]:
     """Make the study and its run directories agree; returns a line for each repair."""
-    from sweeps.mend_directories import mend_directories
-    from sweeps.mend_trials import mend_trials
+    from sweeps.mending.directories import mend_directories
+    from sweeps.mending.trials import mend_trials
 
     return mend_directories(store, study) + mend_trials(store, study)
 

@@ -6,6 +6,7 @@ one file), results.csv (a row per trial), figures.
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +37,18 @@ def make_console() -> "Console":
     return Console(markup=False) if sys.stdout.isatty() else Console(width=WIDTH, markup=False)
 
 
-def write_report(study_dir: Path, console: "Console") -> list[Path]:
-    """Print the report and leave it in the study directory; returns the files: text, page, table, figures."""
+def write_report(study_dir: Path, console: "Console", resamples: int | None = None) -> list[Path]:
+    """Print the report and leave it in the study directory; returns the files: text, page, table, figures.
+
+    resamples: no more than so many behind the intervals of laws, for a report in a hurry.
+    """
     from rich.console import Console
 
-    from sweeps.study_dir import load
+    from sweeps.stores.study_dir import load
 
     config = load(study_dir)
+    if resamples is not None and resamples < config.capacity.resamples:
+        config = replace(config, capacity=replace(config.capacity, resamples=resamples))
     report = _report(config, study_dir)
     with (study_dir / "report.txt").open("w") as file:
         for target in (console, Console(file=file, width=WIDTH, markup=False)):
@@ -64,14 +70,14 @@ def write_report(study_dir: Path, console: "Console") -> list[Path]:
 
 def _report(config: SweepConfig, study_dir: Path) -> "Report":
     """What the sweep has found: words, figures, rows."""
-    from sweeps.figures import write_figures
     from sweeps.laws import factorial
     from sweeps.laws.capacity import STUDY
     from sweeps.laws.report import Report, report_capacity
-    from sweeps.results import collect, table_rows
-    from sweeps.store import stage_name
-    from sweeps.studies import load_studies
-    from sweeps.tables import render
+    from sweeps.reports.figures import write_figures
+    from sweeps.reports.results import collect, table_rows
+    from sweeps.reports.tables import render
+    from sweeps.stores.store import stage_name
+    from sweeps.stores.studies import load_studies
 
     studies = load_studies(study_dir)
     if config.has_capacity_stage:
@@ -91,7 +97,7 @@ def _write_page(config: SweepConfig, study_dir: Path, report: "Report") -> None:
     """report.html: the same words, the figures inside, a row for every run."""
     from conf.load import to_yaml
     from lightning_modules.run_dir import write_text
-    from sweeps import page
+    from sweeps.reports import page
 
     parts = [page.text_block((study_dir / "report.txt").read_text().split("\nFigures:")[0])]
     parts += [page.heading("Figures"), *(page.figure(path, caption) for path, caption in report.figures)]

@@ -10,12 +10,12 @@ from pathlib import Path
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from sweeps.budget import is_open
-from sweeps.claims import to_take
 from sweeps.endings import STOPPED, TOO_MANY_FAILURES
-from sweeps.steps import STOP_GRACE_SECONDS, last_words
-from sweeps.store import Store
-from sweeps.tether import tethered
+from sweeps.planning.budget import is_open
+from sweeps.stores.store import Store
+from sweeps.trials.claims import to_take
+from sweeps.trials.steps import STOP_GRACE_SECONDS, last_words
+from sweeps.trials.tether import tethered
 
 
 class SweepFailed(Exception):

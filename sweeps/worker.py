@@ -24,8 +24,8 @@ from sweeps.endings import STOPPED, TOO_MANY_FAILURES, DatabaseGone
 if TYPE_CHECKING:
     from optuna.study import Study
 
-    from sweeps.claims import Claim
-    from sweeps.store import Store
+    from sweeps.stores.store import Store
+    from sweeps.trials.claims import Claim
 
 BUSY_SECONDS = 5.0
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: stopping.append(received))
     with user_errors():
-        from sweeps.steps import DiskFull, is_full
+        from sweeps.trials.steps import DiskFull, is_full
 
         try:
             return work(args, stopping)
@@ -50,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
 def work(args: WorkerConfig, stopping: list[int]) -> int:
     """Take and run trials until none is left; `stopping` fills when a signal asks for the end."""
     from sweeps.advance import Advance
-    from sweeps.store import Store
-    from sweeps.studies import last_failures
-    from sweeps.study_dir import load
+    from sweeps.stores.store import Store
+    from sweeps.stores.studies import last_failures
+    from sweeps.stores.study_dir import load
 
     study_dir = Path(args.study)
     config = load(study_dir)
@@ -80,9 +80,9 @@ def work(args: WorkerConfig, stopping: list[int]) -> int:
 
 def take(store: "Store", studies: "list[Study]") -> "list[Claim]":
     """The next trial; with side_by_side, the worker's share of those that are to be trained."""
-    from sweeps.claims import claim, to_take
-    from sweeps.samplers import point_of
-    from sweeps.side_by_side import share_of
+    from sweeps.planning.samplers import point_of
+    from sweeps.trials.claims import claim, to_take
+    from sweeps.trials.side_by_side import share_of
 
     count, config = 1, store.config
     if config.side_by_side > 1:
@@ -100,9 +100,9 @@ def take(store: "Store", studies: "list[Study]") -> "list[Claim]":
 
 def train_first(together: "list[Claim]", stopping: list[int]) -> None:
     """Train several trials side by side; a stop is seen by each of them afterwards."""
-    from sweeps.claims import LostTrial
-    from sweeps.steps import Interrupted
-    from sweeps.trial import train_side_by_side
+    from sweeps.trials.claims import LostTrial
+    from sweeps.trials.steps import Interrupted
+    from sweeps.trials.trial import train_side_by_side
 
     if len(together) > 1:
         print(f"{', '.join(taken.name for taken in together)}: side by side", flush=True)
@@ -112,9 +112,9 @@ def train_first(together: "list[Claim]", stopping: list[int]) -> None:
 
 def run_one(taken: "Claim", stopping: list[int]) -> None:
     """Run a claimed trial and record how it ended; what stops it, but for its own failure, fails nothing."""
-    from sweeps import claims
-    from sweeps.steps import Busy, DiskFull, Interrupted, TrialFailed
-    from sweeps.trial import run_trial
+    from sweeps.trials import claims
+    from sweeps.trials.steps import Busy, DiskFull, Interrupted, TrialFailed
+    from sweeps.trials.trial import run_trial
 
     try:
         print(f"{taken.name}: started", flush=True)

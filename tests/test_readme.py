@@ -73,6 +73,8 @@ def test_first_steps_in_shell_and_python(workspace: Path) -> None:
         assert "exact match" in run(evaluate, workspace)
     assert "lightning_modules.diagnose" in diagnose
     assert "diagnosis.html" in run(diagnose, workspace)
+    (generate,) = commands("python -m lightning_modules.generate")
+    assert run([*generate, "max_new_tokens=5"], workspace)
     (snippet,) = blocks("python")
     run(["python", "-c", snippet], workspace)
 

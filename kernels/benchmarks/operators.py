@@ -70,7 +70,7 @@ def run(config: BenchConfig) -> None:
         console.print(line)
     for op, shape in pairs:
         rows.append(measured(op, shape, config, machine))
-        report.write(path, config, machine, [row for group in rows for row in group])
+        report.write(path, asdict(config), machine, [row for group in rows for row in group])
         for row in rows[-1]:
             console.print(report.line(row), highlight=False)
         if any(word in row["error"] for row in rows[-1] for word in FATAL):

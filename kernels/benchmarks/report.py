@@ -14,15 +14,13 @@ from kernels.benchmarks.costs import Machine
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kernels.benchmarks.operators import BenchConfig
-
 Row = dict[str, Any]
 
 
-def write(path: Path, config: "BenchConfig", machine: Machine, rows: Sequence[Row]) -> None:
+def write(path: Path, config: dict[str, Any], machine: Machine, rows: Sequence[Row]) -> None:
     """The whole record, after every operator, so that a run that ends early leaves what it had."""
     record = {
-        "config": asdict(config),
+        "config": config,
         "torch": torch.__version__,
         "machine": asdict(machine),
         "rows": list(rows),

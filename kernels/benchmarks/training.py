@@ -39,6 +39,7 @@ class BenchConfig:
     vocab_size: int = option(50288, "vocabulary")
     lengths: list[int] = option([8192, 65536, 262144], "tokens per row")
     at_once: int = option(32768, "tokens held at a time: rows of a micro-batch, or segment of a longer row")
+    cuda_graphs: bool = option(False, "launch forward and backward as one CUDA graph, whoever's the layers")
     rounds: int = option(3, "timed steps, after one that compiles and tunes")
     peers: list[str] = option(["mamba_ssm"], "whom to compare with")
     json: str = option("runs/bench-training.json", "where the numbers go")
@@ -104,6 +105,7 @@ def _measure(config: BenchConfig, system: str, length: int) -> Row:
     import torch
 
     from lightning_modules.backbone import Mamba2LM
+    from lightning_modules.graphs import GraphedLoss
     from lightning_modules.memory import peak_memory_mib
     from lightning_modules.planning.sizes import flops_per_token
     from lightning_modules.segments import segmented_losses
@@ -115,12 +117,19 @@ def _measure(config: BenchConfig, system: str, length: int) -> Row:
     model = Mamba2LM(config.model()).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     ids = torch.randint(config.vocab_size, (rows, length + 1), device=device)
+    batch = {"ids": ids[:, :-1], "targets": ids[:, 1:]}
+
+    def eager(batch: dict[str, Any], state: Any) -> tuple[Any, Any]:
+        losses, final = segmented_losses(model, batch["ids"], batch["targets"], state, length=segment)
+        return losses.mean(), final
+
+    graphed = GraphedLoss(eager, list(model.parameters()), list(batch)) if config.cuda_graphs else None
 
     def step() -> None:
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            losses, _ = segmented_losses(model, ids[:, :-1], ids[:, 1:], length=segment)
-        losses.mean().backward()
+            loss, _ = (graphed or eager)(batch, None)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,6 +1,6 @@
 """Operators on a sequence that is sharded over the ranks of a context group."""
 
-from kernels.context.group import Context
+from kernels.context.context import Context
 from kernels.context.scan import refusal
 
 __all__ = ["Context", "refusal"]

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.context.group import Context
+from kernels.context.group import Ranks
 from kernels.conv import causal_conv1d
 
 
 def context_conv1d(
-    context: Context,
+    context: Ranks,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -48,7 +48,7 @@ class _Halo(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, tail: Tensor, initial: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, tail: Tensor, initial: Tensor, context: Ranks) -> tuple[Tensor, Tensor]:
         ctx.context = context
         received = context.shift(tail, 1)
         if context.rank == 0:
@@ -57,7 +57,7 @@ class _Halo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dbefore: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        context: Context = ctx.context
+        context: Ranks = ctx.context
         first = context.rank == 0
         dtail = context.shift(dfinal if first else dbefore, -1)
         return dtail, dbefore if first else None, None

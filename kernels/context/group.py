@@ -1,8 +1,7 @@
-"""One rank's place in a context group, and all that its ranks say to each other."""
+"""One rank's place among those that share a sequence, and all that they say to each other."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,13 +13,10 @@ OVERLAP_TOKENS = 2000
 
 
 @dataclass
-class Context:
-    """A sequence sharded over the ranks of `group`: rank r holds the r-th of `size` pieces of equal length.
+class Ranks:
+    """The ranks of `group`: rank r holds the r-th of `size` pieces of equal length.
 
-    Its methods stand in for the functions of the same names: the same arguments of this rank's piece, the
-    same results for it. States are the whole sequence's: `initial_state` before the first rank's first token,
-    the final state after the last rank's last. All ranks call everything together, in the same order, and so
-    do their backward passes.
+    All ranks call everything together, in the same order, and so do their backward passes.
 
     overlap: scan pieces from zero while summaries travel, and correct y afterwards; None: where that pays.
     bytes_sent: what this rank has handed to collectives, backward passes included.
@@ -37,32 +33,6 @@ class Context:
     @property
     def size(self) -> int:
         return self.group.size()
-
-    def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Any:
-        from kernels.context.conv import context_conv1d
-
-        return context_conv1d(self, x, weight, bias, **options)
-
-    def ssd_scan(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Any:
-        from kernels.context.scan import context_scan
-
-        return context_scan(self, x, dt, A, B, C, **options)
-
-    def positions(self, position: Tensor, starts: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-        """Tokens since the row's document began, (B,): before this rank's piece and after the last piece.
-
-        position: before the first piece. starts: (B, length) bool of this piece; all ranks have it or none.
-        """
-        if starts is None:
-            return position + self.rank * length, position + self.size * length
-        steps = torch.arange(length, device=starts.device)
-        last_start = torch.where(starts, steps, -1).amax(1)
-        own = torch.where(last_start >= 0, length - last_start, -1)  # since a start in the piece; -1: none
-        before = position
-        for rank, counted in enumerate(self.all_gather(own)):
-            before = position if rank == self.rank else before
-            position = torch.where(counted >= 0, counted, position + length)
-        return before, position
 
     def scans_before_merging(self, length: int) -> bool:
         """Whether to overlap the all-gather with the scan of a piece of `length` tokens."""

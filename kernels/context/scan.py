@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.context.group import Context
+from kernels.context.group import Ranks
 from kernels.context.sums import reach_of, weighted_sum
 from kernels.ssd import Mitigation, ssd_scan
 from kernels.ssd.discretize import discretize
@@ -26,7 +26,7 @@ def refusal(name: str, heads: object) -> str | None:
 
 
 def context_scan(
-    context: Context,
+    context: Ranks,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -85,7 +85,7 @@ def context_scan(
     return _Chain.apply(y, leaving, final, C, reach.inward, kept, context, *correction)
 
 
-def merge(context: Context, everyone: Tensor, sizes: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+def merge(context: Ranks, everyone: Tensor, sizes: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
     """What enters this rank's piece and what leaves the last, (B, H, P, N); what each keeps, (K, B, H).
 
     everyone: of every piece what it keeps and what it adds, (K, B, H, 1 + P N).
@@ -117,7 +117,7 @@ class _Chain(torch.autograd.Function):
         C: Tensor,
         inward: Tensor,
         kept: Tensor,
-        context: Context,
+        context: Ranks,
         entering: Tensor | None,
         log_decay: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         C, inward, kept, entering = ctx.saved_tensors
-        context: Context = ctx.context
+        context: Ranks = ctx.context
         # Nobody needs what the first piece says of its own beginning: its place holds the end's gradient.
         own = dfinal.float() if context.rank == 0 else weighted_sum(inward, dy, C)
         everyone = context.start_all_gather(own)

@@ -32,7 +32,7 @@ def spread(mitigation: Mitigation, count: int, device: torch.device) -> Mitigati
         return mitigation
     for name, value in settings.items():
         value = per_head(value, count, device, torch.float64)
-        object.__setattr__(same, name, torch.where(_mask(heads, count, device), value, NEUTRAL[name]))
+        object.__setattr__(same, name, torch.where(head_mask(heads, count, device), value, NEUTRAL[name]))
     object.__setattr__(same, "heads", None)
     return same
 
@@ -116,6 +116,6 @@ def _index(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @lru_cache
-def _mask(heads: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+def head_mask(heads: tuple[int, ...], count: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor([head in heads for head in range(count)], device=device)

@@ -80,7 +80,7 @@ def state_norm(
         span, starts = tokens.span(start, stop), span_of(document_starts, start, stop)
         # with k = 1 every span is one token, y reads the clipped state and D x_t must stay as it is
         y, unclipped = core(*span, D if every > 1 else None, state, starts)
-        scale = _clip(unclipped, max_norm, clipped[:, stop - 1])
+        scale = clip(unclipped, max_norm, clipped[:, stop - 1])
         state = unclipped * scale[..., None, None]
         outputs.append(y if every > 1 else y * scale[:, None, :, None].to(y.dtype))
         if stop % k == 0:
@@ -94,7 +94,7 @@ def state_norm(
     return y, state, torch.stack(states, 1) if states else state[:, None][:, :0]
 
 
-def _clip(state: Tensor, max_norm: float | Tensor, rows: Tensor) -> Tensor:
+def clip(state: Tensor, max_norm: float | Tensor, rows: Tensor) -> Tensor:
     """(B, H): what brings a head's Frobenius norm down to max_norm in these rows, 1 elsewhere."""
     norm = torch.linalg.vector_norm(state, dim=(2, 3))
     limit = per_head(max_norm, norm.shape[1], norm.device, norm.dtype)

@@ -20,11 +20,11 @@ from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.file import Calibration, beside, fingerprint
 from lightning_modules.calibration.search import search
 from lightning_modules.calibration.statistics import state_norms, threshold_table, time_steps
-from lightning_modules.checkpoints import load_config, load_model
+from lightning_modules.checkpoints import load_model
 from lightning_modules.evaluation.loss import held_out_text, prompts_source
 from lightning_modules.evaluation.splits import draw_seed
 from lightning_modules.evaluation.streaming import Reader, Source
-from lightning_modules.measuring import choose_device, show_progress, tokenizer_of
+from lightning_modules.measuring import choose_device, show_progress, tokenizer_of, trained_config
 from lightning_modules.mitigations import LayerMitigations
 
 SEARCH_FACTOR = 16  # without a setting, the search reads so many training lengths
@@ -45,7 +45,7 @@ def calibrate(config: CalibrateConfig) -> Path:
         if config.output is not None
         else beside(config.checkpoint, config.mitigation.name)
     )
-    device, trained = choose_device(config.device), load_config(config.checkpoint)
+    device, trained = choose_device(config.device), trained_config(config)
     model = load_model(config.checkpoint, device=device)
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise ValueError(

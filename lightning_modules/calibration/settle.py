@@ -15,10 +15,11 @@ from conf.schema import MeasureConfig, TrainConfig
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.file import beside, read_calibration
 from lightning_modules.calibration.run import calibrate
+from lightning_modules.guests.guest import Guest
 
 
 def settle_calibration(
-    config: MitigationConfig, measured: MeasureConfig, trained: TrainConfig, model: Mamba2LM
+    config: MitigationConfig, measured: MeasureConfig, trained: TrainConfig, model: Mamba2LM | Guest
 ) -> MitigationConfig:
     """The mitigation with its calibration's file named and seen to be this checkpoint's.
 
@@ -30,12 +31,13 @@ def settle_calibration(
     """
     if config.calibration is None:
         return config
+    assert isinstance(model, Mamba2LM), "a guest runs without mitigations"
     path = Path(config.calibration)
     if config.calibration == "auto":
         path = beside(measured.checkpoint, config.name)
         with _alone_in(path.parent):
             if not holds(measured.checkpoint, config.name, model):
-                shared = ("checkpoint", "device", "threads", "segment")
+                shared = ("checkpoint", "device", "threads", "segment", "data")
                 own: dict[str, Any] = {name: getattr(measured, name) for name in shared}
                 own["mitigation.name"] = config.name
                 calibrate(parse(CalibrateConfig, [own]))

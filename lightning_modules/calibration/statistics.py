@@ -14,6 +14,7 @@ from kernels.ssd.discretize import discretize
 from kernels.ssd.mitigation import NONE
 from lightning_modules.backbone import Mamba2, Mamba2LM
 from lightning_modules.evaluation.streaming import Reader, Source
+from lightning_modules.state import ModelState
 
 
 def state_norms(reader: Reader, source: Source, length: int, stride: int) -> Tensor:
@@ -24,7 +25,7 @@ def state_norms(reader: Reader, source: Source, length: int, stride: int) -> Ten
     norms, state = [], None
     for begin in range(0, length, stride):
         state, _ = reader.read(source, state, begin, min(begin + stride, length))
-        assert state is not None
+        assert isinstance(state, ModelState)
         states = [layer.ssm for layer in state.layers]
         norms.append(torch.stack([torch.linalg.vector_norm(s, dim=(2, 3)) for s in states], 1).cpu())
     return torch.stack(norms, 1)

@@ -26,6 +26,7 @@ from kernels.ssd.discretize import discretize
 from kernels.ssd.heads import spread
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.diagnosis.statistics import STATE_MEASURES, state_measures
+from lightning_modules.guests.guest import Guest
 
 # By head, at each sample: of the state there, then means over the tokens since the sample before. log_decay
 # is the logarithm of the retention; insertion the Frobenius norm of what a token adds, w_t x_t B_t^T.
@@ -56,8 +57,9 @@ class StateProbe:
         top_share: share of a head's P x N channels that count as its top ones.
     """
 
-    def __init__(self, model: Mamba2LM, top_share: float = 0.01) -> None:
-        self.model, self.top_share = model, top_share
+    def __init__(self, model: Mamba2LM | Guest, top_share: float = 0.01) -> None:
+        self.model: Any = model
+        self.top_share = top_share
         self.stride = 1024
         heads, device = model.config.n_heads, model.lm_head.weight.device
         self._layers = [

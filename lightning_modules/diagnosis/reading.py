@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lightning_modules.diagnosis.probe import MEASURES, StateProbe, Values
 from lightning_modules.evaluation.loss import bucketed
-from lightning_modules.evaluation.streaming import Reader, Source
-from lightning_modules.state import ModelState
+from lightning_modules.evaluation.streaming import AnyState, Reader, Source
 
 SAMPLES_INSIDE = 32  # at least so many within the training length
 SAMPLES = 256  # about so many over the whole prompt, without a setting
@@ -113,7 +112,7 @@ class _Reading:
         self.count = 0
         self.channels: list[Tensor] = []
         self.non_finite: NonFinite | None = None
-        self._state: ModelState | None = None
+        self._state: AnyState | None = None
 
     def read(self, begin: int, end: int, stride: int) -> Iterator[tuple[int, Tensor]]:
         """Losses of tokens begin + 1 .. end, sampled every `stride` tokens from `begin`."""

@@ -19,7 +19,6 @@ from conf.schema import DiagnoseConfig, TrainConfig
 from data.tokenizers import Tokenizer
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.settle import settle_calibration
-from lightning_modules.checkpoints import load_config, load_model
 from lightning_modules.diagnosis.conclusion import collapse_metrics, judge_loss, judge_needles
 from lightning_modules.diagnosis.figures import draw_figures
 from lightning_modules.diagnosis.findings import findings
@@ -31,7 +30,6 @@ from lightning_modules.diagnosis.heads import (
 )
 from lightning_modules.diagnosis.needles import Needles, doubled_lengths, plan_needles, refined
 from lightning_modules.diagnosis.page import page
-from lightning_modules.diagnosis.probe import StateProbe
 from lightning_modules.diagnosis.prompts import DESCRIPTIONS, choose_prompt, prompt_source
 from lightning_modules.diagnosis.reading import Measures, read_prompt, strides
 from lightning_modules.diagnosis.remembrance import effective_remembrance
@@ -41,6 +39,9 @@ from lightning_modules.evaluation.streaming import Reader, Source
 from lightning_modules.evaluation.suites import RECALL_FACTOR
 from lightning_modules.figures import save
 from lightning_modules.finite import first_non_finite_parameter
+from lightning_modules.guests.guest import Guest
+from lightning_modules.guests.load import load_subject
+from lightning_modules.guests.probe import probe_of
 from lightning_modules.measuring import (
     FREE_SETTINGS,
     choose_device,
@@ -51,6 +52,7 @@ from lightning_modules.measuring import (
     show_progress,
     to_json,
     tokenizer_of,
+    trained_config,
     write_output,
 )
 from lightning_modules.memory import peak_memory_mib
@@ -74,8 +76,8 @@ def diagnose(config: DiagnoseConfig) -> dict[str, Any]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
-    trained = load_config(config.checkpoint)
-    model = load_model(config.checkpoint, device=device)
+    trained = trained_config(config)
+    model = load_subject(config.checkpoint, device)
     config = replace(config, mitigation=settle_calibration(config.mitigation, config, trained, model))
 
     def rule(length: int) -> LayerMitigations:
@@ -134,7 +136,7 @@ class _Plan:
         self,
         config: DiagnoseConfig,
         trained: TrainConfig,
-        model: Mamba2LM,
+        model: Mamba2LM | Guest,
         tokenizer: Tokenizer,
         rule: Rule,
     ) -> None:
@@ -166,7 +168,7 @@ class _Plan:
         config, thresholds = self.config, self.config.thresholds
         measures = read_prompt(
             reader,
-            StateProbe(self.model, thresholds.top_channels),
+            probe_of(self.model, thresholds.top_channels),
             self.source,
             train_length=self.train_length,
             length=self.length,

@@ -20,6 +20,7 @@ from conf.bench import bench_mitigations
 from conf.load import to_dict, to_yaml
 from conf.mitigation import MitigationConfig, changed_settings
 from conf.schema import EvaluateConfig
+from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.settle import holds, settle_calibration
 from lightning_modules.evaluation.bench_report import columns, compare, draw, tables
 from lightning_modules.evaluation.run import Measured, Subject, measure
@@ -109,12 +110,13 @@ def bench(config: EvaluateConfig) -> dict[str, Any]:
 
 def mitigations(config: EvaluateConfig, subject: Subject) -> list[MitigationConfig]:
     """The baseline, then every mitigation, calibrated where it has to be; each is seen to fit the model."""
-    train_length = subject.trained.data.train_length
+    train_length, model = subject.trained.data.train_length, subject.model
+    assert isinstance(model, Mamba2LM), "a guest runs without mitigations"
     rules = bench_mitigations(config.bench, train_length)
     for name in LAYER_SCALES:
-        if name not in config.bench and holds(config.checkpoint, name, subject.model):
+        if name not in config.bench and holds(config.checkpoint, name, model):
             rules.append(MitigationConfig(name=name, calibration="auto"))  # type: ignore[arg-type]
-    rules = [settle_calibration(rule, config, subject.trained, subject.model) for rule in rules]
+    rules = [settle_calibration(rule, config, subject.trained, model) for rule in rules]
     for rule in rules:
         build_mitigation(rule, subject.trained.model, length=train_length)
     return [MitigationConfig(), *rules]

@@ -8,6 +8,7 @@
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 SOLVED = 0.9  # exact match at the training length from which a task counts as learned
 LOST = 0.5  # exact match at or below which needles count as lost
@@ -62,6 +63,11 @@ def metrics(
     return {name: value for name, value in flat.items() if value is not None}
 
 
+def stretches(position: NDArray[np.float64], train_length: int) -> NDArray[np.int64]:
+    """Which stretch of one training length each bucket of positions lies in: 0 within training."""
+    return ((position - 0.5) // train_length).astype(np.int64)
+
+
 def _judge_passkey(train_length: int, passkey: dict[str, Rows]) -> dict[str, Any]:
     recent, recall = exact_by_length(passkey["recent"]), exact_by_length(passkey["recall_by_length"])
     # Needles over the whole training length, as in training: the recent window may be shorter.
@@ -86,7 +92,7 @@ def _judge_loss(train_length: int, loss: dict[str, Any]) -> dict[str, Any]:
     position = np.array(loss["position"])
     values = np.array([np.inf if x is None else x for x in loss["loss"]])
     inside = position <= train_length
-    stretch = ((position - 0.5) // train_length).astype(int)
+    stretch = stretches(position, train_length)
     means = [values[stretch == i].mean() for i in np.unique(stretch[~inside])]
     in_length, highest = values[inside].mean(), max(means, default=None)
     return {

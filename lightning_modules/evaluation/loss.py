@@ -15,6 +15,7 @@ from data.tokenizers import Tokenizer
 from lightning_modules.evaluation.splits import Split, draw_seed, part_of
 from lightning_modules.evaluation.streaming import Reader, Source
 
+PIECE = 2**14  # positions counted at a time
 STREAM = 0x7E58  # first word of the generator's seed: no training stream begins with it
 
 
@@ -99,21 +100,49 @@ def bucketed(segments: Iterable[tuple[int, Tensor]], length: int, bucket: int) -
 
     Returns:
         {"bucket", "position": middle of each bucket, "loss": mean over its tokens and all prompts,
-        "non_finite"}. A bucket that met a NaN or an infinity, or was not reached, holds None.
+        "error": standard error of that mean from prompt to prompt (None of one prompt), "non_finite"}.
+        A bucket that met a NaN or an infinity, or was not reached, holds None.
     """
     n_buckets = -(-length // bucket)
-    total, count = np.zeros(n_buckets), np.zeros(n_buckets)
+    total, count = np.zeros((1, n_buckets)), np.zeros(n_buckets)
     for first, losses in segments:
-        by_position = losses.double().sum(0).cpu().numpy()
-        index = np.arange(first - 1, first - 1 + len(by_position)) // bucket
-        np.add.at(total, index, by_position)
-        np.add.at(count, index, len(losses))
+        by_position = losses.double().cpu().numpy()
+        if not count.any():
+            total = np.zeros((len(by_position), n_buckets))
+        index = np.arange(first - 1, first - 1 + by_position.shape[1]) // bucket
+        np.add.at(total.T, index, by_position.T)
+        np.add.at(count, index, 1)
     starts = np.arange(n_buckets) * bucket
     position = (starts + 1 + np.minimum(starts + bucket, length)) / 2
-    mean = np.divide(total, count, out=np.full(n_buckets, np.nan), where=count > 0)
+    by_prompt = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+    mean, prompts = by_prompt.mean(0), len(by_prompt)
+    with np.errstate(invalid="ignore"):  # infinities
+        error = by_prompt.std(0, ddof=1) / np.sqrt(prompts) if prompts > 1 else np.full(n_buckets, np.nan)
     return {
         "bucket": bucket,
         "position": position.tolist(),
-        "loss": [float(x) if np.isfinite(x) else None for x in mean],
+        "loss": _or_none(mean),
+        "error": _or_none(error),
         "non_finite": not np.isfinite(mean).all(),
     }
+
+
+def unigram_loss(source: Source, train_length: int, length: int) -> float:
+    """-log p, in nats, of tokens 1 .. train_length under the frequencies of tokens 1 .. `length` of these
+    very texts: what is known without reading anything. Fitted to what it is asked, so a little too good."""
+    counts, inside = np.zeros(0), np.zeros(0)
+    for low in range(1, length + 1, PIECE):
+        ids = source(low, min(low + PIECE, length + 1))
+        counts = _add(counts, np.bincount(ids.ravel()))
+        inside = _add(inside, np.bincount(ids[:, : max(0, train_length + 1 - low)].ravel()))
+    met = inside > 0
+    return float(-(inside[met] * np.log(counts[: len(inside)][met] / counts.sum())).sum() / inside.sum())
+
+
+def _add(total: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    size = max(len(total), len(counts))
+    return np.pad(total, (0, size - len(total))) + np.pad(counts, (0, size - len(counts)))
+
+
+def _or_none(values: NDArray[np.float64]) -> list[float | None]:
+    return [float(x) if np.isfinite(x) else None for x in values]

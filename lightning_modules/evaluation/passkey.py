@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.passkey import FILLER, Layout, PasskeyTask
-from lightning_modules.evaluation.streaming import Reader
-from lightning_modules.state import ModelState
+from lightning_modules.evaluation.streaming import AnyState, Reader
 
 # First word of every generator's seed: no training stream begins with it.
 STREAM = 0x7E57
@@ -82,7 +81,7 @@ def score(reader: Reader, layout: Layout) -> Score:
     digits, exact, finite, loss = np.zeros(n), np.zeros(n, bool), np.zeros(n, bool), np.zeros(n)
     phase_rows, phase = _phase_rows(layout)
     shared = layout.rows(phase_rows)
-    state: ModelState | None = None
+    state: AnyState | None = None
     position = 0
     for branch, block in _blocks(layout):
         state, _ = reader.read(shared.ids, state, position, branch)
@@ -152,7 +151,7 @@ def _blocks(layout: Layout) -> Iterator[tuple[int, NDArray[np.int64]]]:
 
 @torch.inference_mode()
 def _answer(
-    reader: Reader, rows: Layout, state: ModelState | None, begin: int
+    reader: Reader, rows: Layout, state: AnyState | None, begin: int
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float64]]:
     """Read from `begin` to the end; digits, exact, finite and loss of each row."""
     length = rows.length

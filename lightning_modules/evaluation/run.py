@@ -14,13 +14,14 @@ from conf.mitigation import changed_settings
 from conf.schema import EvaluateConfig, MeasureConfig, TrainConfig
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.settle import settle_calibration
-from lightning_modules.checkpoints import load_config, load_model
 from lightning_modules.evaluation.conclusion import conclude, exact_by_length, metrics
 from lightning_modules.evaluation.report import accuracy_table, draw_figures, print_summary
 from lightning_modules.evaluation.states import StatesSuite, plan_states, state_metrics
 from lightning_modules.evaluation.streaming import Reader
 from lightning_modules.evaluation.suites import LossSuite, PasskeySuite, plan_loss, plan_passkey
 from lightning_modules.figures import save
+from lightning_modules.guests.guest import Guest
+from lightning_modules.guests.load import load_subject
 from lightning_modules.measuring import (
     choose_device,
     identity,
@@ -30,6 +31,7 @@ from lightning_modules.measuring import (
     show_progress,
     to_json,
     tokenizer_of,
+    trained_config,
     write_output,
 )
 from lightning_modules.memory import peak_memory_mib
@@ -43,7 +45,7 @@ from lightning_modules.tracking import Tracker
 class Subject:
     """A checkpoint, loaded, and how it was trained."""
 
-    model: Mamba2LM
+    model: Mamba2LM | Guest
     trained: TrainConfig
     device: torch.device
 
@@ -52,8 +54,8 @@ class Subject:
         """Raises ValueError (one line) where the checkpoint or the device cannot be used."""
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        device, trained = choose_device(config.device), load_config(config.checkpoint)
-        return cls(load_model(config.checkpoint, device=device), trained, device)
+        device, trained = choose_device(config.device), trained_config(config)
+        return cls(load_subject(config.checkpoint, device), trained, device)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -114,7 +116,7 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
         run_dir,
         name=run_name(config, run_dir),
         params=params(config, trained),
-        tags=_tags(config),
+        tags=run_tags(config),
     ) as tracker:
         total = sum(suite.tokens for suite in suites if suite is not None)
         with show_progress(doing, total) as on_tokens:
@@ -141,7 +143,8 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
             "conclusion": conclusion,
         }
         write_output(run_dir / "evaluation.json", to_json(evaluation))
-        figures = [save(figure, run_dir / "figures" / name) for name, figure in draw_figures(evaluation)]
+        for name, figure in draw_figures(evaluation):
+            save(figure, run_dir / "figures" / name)
         numbers = (
             metrics(train_length, passkey, conclusion)
             | state_metrics(states)
@@ -153,7 +156,7 @@ def measure(config: EvaluateConfig, subject: Subject, doing: str = "evaluating")
                 ),
             }
         )
-        _record(tracker, numbers, evaluation, figures)
+        _record(tracker, numbers, evaluation)
         result = {
             "status": "completed",
             "command": "evaluate",
@@ -175,8 +178,10 @@ def _lengths(
     return read + ([] if passkey is None else [row["length"] for row in passkey["recent"]])
 
 
-def _state_mib(model: Mamba2LM, mitigation: LayerMitigations) -> float:
+def _state_mib(model: Mamba2LM | Guest, mitigation: LayerMitigations) -> float:
     """What one sequence's recurrent state takes, however long the sequence."""
+    if isinstance(model, Guest):
+        return model.state_bytes() / 2**20
     return ModelState.zeros(model.config, 1, "meta", model.lm_head.weight.dtype, mitigation).nbytes / 2**20
 
 
@@ -192,7 +197,7 @@ def _plan(
     )
 
 
-def _tags(config: EvaluateConfig) -> dict[str, str]:
+def run_tags(config: EvaluateConfig) -> dict[str, str]:
     return {"command": "evaluate", "checkpoint": config.checkpoint, "mitigation": config.mitigation.name}
 
 
@@ -212,18 +217,23 @@ def _warn_of_non_finite(
         print(f"warning: NaN or infinity in {what}, mitigation {settings}: counted as wrong", file=sys.stderr)
 
 
-def _record(
-    tracker: Tracker, numbers: dict[str, float], evaluation: dict[str, Any], figures: list[Path]
-) -> None:
+def _record(tracker: Tracker, numbers: dict[str, float], evaluation: dict[str, Any]) -> None:
     """Everything into MLflow. Accuracy is there twice: by name, and as a curve whose step is the length."""
     tracker.log_metrics(numbers, step=0)
-    passkey, conclusion = evaluation["passkey"], evaluation["conclusion"]
+    passkey = evaluation["passkey"]
     if passkey is not None:
         for name, key in (("recent", "recent"), ("recall", "recall_by_length")):
             for length, exact in exact_by_length(passkey[key]).items():
                 tracker.log_metrics({f"passkey/{name}_exact": exact}, step=length)
+    send_evaluation(tracker, evaluation)
+
+
+def send_evaluation(tracker: Tracker, evaluation: dict[str, Any]) -> None:
+    """What an evaluation leaves in its directory, but for the metrics."""
+    passkey, conclusion = evaluation["passkey"], evaluation["conclusion"]
+    if passkey is not None:
         tracker.log_table(accuracy_table(passkey), "accuracy_by_length.json")
-    for path in figures:
+    for path in sorted((tracker.run_dir / "figures").glob("*.png")):
         tracker.log_artifact(path, "figures")
     for name in ("config.yaml", "evaluation.json"):
         tracker.log_artifact(tracker.run_dir / name)

@@ -9,11 +9,11 @@ from conf.diagnosis import ThresholdsConfig
 from conf.schema import DataConfig, EvaluateConfig
 from data.tokenizers import Tokenizer
 from lightning_modules.diagnosis.heads import head_rows
-from lightning_modules.diagnosis.probe import StateProbe
 from lightning_modules.diagnosis.prompts import filler_source
 from lightning_modules.diagnosis.reading import read_prompt
 from lightning_modules.evaluation.loss import held_out_text
 from lightning_modules.evaluation.streaming import Reader, Source
+from lightning_modules.guests.probe import probe_of
 
 FACTOR = 16  # training lengths read, without a setting
 KEPT = ("layer", "head", "rms_inside", "rms_beyond", "retention", "half_life")
@@ -40,7 +40,7 @@ class StatesSuite:
         """
         measures = read_prompt(
             reader,
-            StateProbe(reader.model),
+            probe_of(reader.model),
             self.source,
             train_length=self.train_length,
             length=self.length,

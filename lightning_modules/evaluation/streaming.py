@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,11 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_modules.backbone import Mamba2LM
+from lightning_modules.guests.guest import Guest, GuestState
 from lightning_modules.mitigations import AnyMitigation
 from lightning_modules.state import ModelState
 
 # Tokens [begin, end) of n rows as (n, end - begin) int64, written out on demand: no row ever exists whole.
 Source = Callable[[int, int], NDArray[np.int64]]
+
+AnyState = ModelState | GuestState
 
 # Tokens of a forward pass, over all rows, that keep a machine busy: strides of so many are read one by one,
 # since the state at the end of a segment costs nothing.
@@ -31,12 +35,13 @@ class Reader:
 
     def __init__(
         self,
-        model: Mamba2LM,
+        model: Mamba2LM | Guest,
         mitigation: AnyMitigation,
         segment: int,
         on_tokens: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.model, self.mitigation, self.segment, self.on_tokens = model, mitigation, segment, on_tokens
+        self.model: Any = model  # takes the states that it returned
+        self.mitigation, self.segment, self.on_tokens = mitigation, segment, on_tokens
         self.device = model.lm_head.weight.device
         self.tokens, self.seconds = 0, 0.0
 
@@ -46,8 +51,8 @@ class Reader:
 
     @torch.inference_mode()
     def read(
-        self, source: Source, state: ModelState | None, begin: int, end: int, keep: int = 0
-    ) -> tuple[ModelState | None, Tensor]:
+        self, source: Source, state: AnyState | None, begin: int, end: int, keep: int = 0
+    ) -> tuple[AnyState | None, Tensor]:
         """Read tokens [begin, end) of every row.
 
         Args:
@@ -77,8 +82,8 @@ class Reader:
 
     @torch.inference_mode()
     def losses_from(
-        self, source: Source, state: ModelState | None, begin: int, end: int, stride: int | None = None
-    ) -> Iterator[tuple[int, Tensor, ModelState]]:
+        self, source: Source, state: AnyState | None, begin: int, end: int, stride: int | None = None
+    ) -> Iterator[tuple[int, Tensor, AnyState]]:
         """-log p of tokens begin + 1 .. end, and the state behind each segment, as `losses` and `read`.
 
         stride: segments hold whole strides counted from `begin`, or lie within one.
@@ -114,7 +119,7 @@ class Reader:
     def _ids(self, ids: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(ids).to(self.device)
 
-    def _forward(self, ids: Tensor, state: ModelState | None) -> tuple[Tensor, ModelState]:
+    def _forward(self, ids: Tensor, state: AnyState | None) -> tuple[Tensor, AnyState]:
         start = time.perf_counter()
         hidden, state = self.model.hidden(ids, state, mitigation=self.mitigation)
         self._count(ids, start)

@@ -57,13 +57,15 @@ class PasskeySuite:
 
 @dataclass(frozen=True)
 class LossSuite:
-    """`prompts` texts of `length` tokens. text: what they are, in words for a legend."""
+    """`prompts` texts of `length` tokens. text: what they are, in words for a legend. unigram: what a model
+    of their token frequencies loses on the first training length; None of passkey prompts."""
 
     source: Source
     text: str
     prompts: int
     length: int
     bucket: int
+    unigram: float | None
 
     @property
     def tokens(self) -> int:
@@ -72,7 +74,8 @@ class LossSuite:
     def run(self, reader: Reader, rule: Rule) -> dict[str, Any]:
         reader.mitigation = rule(self.length)
         measured = losses.loss_by_position(reader, self.source, self.length, self.bucket)
-        return {"text": self.text, "prompts": self.prompts, "length": self.length, **measured}
+        about = {"text": self.text, "prompts": self.prompts, "length": self.length, "unigram": self.unigram}
+        return about | measured
 
 
 def plan_passkey(config: EvaluateConfig, data: DataConfig, tokenizer: Tokenizer) -> PasskeySuite:
@@ -120,8 +123,10 @@ def plan_loss(config: EvaluateConfig, data: DataConfig, tokenizer: Tokenizer) ->
         ValueError: the held-out documents are shorter than loss.length, or loss.bucket exceeds what it cuts.
     """
     settings, train_length = config.loss, data.train_length
-    length = settings.length or LOSS_FACTOR * train_length
-    if settings.length is None and data.name == "documents":
+    length, is_text = settings.length or LOSS_FACTOR * train_length, data.name == "documents"
+    if settings.length is None and settings.max_length is not None:
+        length = max(train_length, min(length, settings.max_length))
+    if settings.length is None and is_text:
         length = min(length, len(losses.held_out_documents(data, tokenizer, config.split)) - 1)
     source, text = losses.held_out_text(data, tokenizer, config.split, length, settings.prompts, config.seed)
     bucket = settings.bucket or max(1, train_length // 4)
@@ -130,4 +135,5 @@ def plan_loss(config: EvaluateConfig, data: DataConfig, tokenizer: Tokenizer) ->
             f"loss.bucket={bucket}: exceeds {min(length, train_length)}, the shorter of the training length "
             "and loss.length; lower it"
         )
-    return LossSuite(source=source, text=text, prompts=settings.prompts, length=length, bucket=bucket)
+    unigram = losses.unigram_loss(source, min(train_length, length), length) if is_text else None
+    return LossSuite(source, text, settings.prompts, length, bucket, unigram)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +14,11 @@ from optuna.trial import TrialState
 from conf.capacity import RETRY_SEED, StateSize, run_point, state_sizes
 from conf.sweep_schema import SweepConfig, train_base
 from sweeps.laws.fits import Law, Threshold, fit_law
-from sweeps.laws.outcomes import Judged, judge, longest
+from sweeps.laws.outcomes import Criterion, Judged, criterion_of, longest
 from sweeps.laws.thresholds import Interval, Outcome, Run, Search, interval, next_runs, settle
-from sweeps.plans import Plan, Planned
-from sweeps.results import finished
-from sweeps.studies import latest, trials_of
+from sweeps.planning.plans import Plan, Planned
+from sweeps.reports.results import finished
+from sweeps.stores.studies import latest, trials_of
 
 STUDY = "capacity"
 Kind = Literal["forget", "recall"]
@@ -37,6 +38,15 @@ class Capacity:
     @property
     def search(self) -> Search:
         return search_of(self.config)
+
+    @cached_property
+    def criterion(self) -> Criterion:
+        return criterion_of(self.config)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The laws that this study can find: language models are asked for no needle."""
+        return ("forget", "recall") if self.criterion.has_recall else ("forget",)
 
     @property
     def series(self) -> list[str]:
@@ -66,6 +76,11 @@ class Capacity:
         ]
         return longest(found)
 
+    def threshold(
+        self, kind: Kind, size: str, seed: int, outcomes: Mapping[Run, Outcome] | None = None
+    ) -> Interval | None:
+        return self.forget(size, seed, outcomes) if kind == "forget" else self.recall(size, seed)
+
     def thresholds(
         self, kind: Kind, series: str, count: Count, outcomes: Mapping[Run, Outcome] | None = None
     ) -> list[Threshold]:
@@ -73,10 +88,7 @@ class Capacity:
         found = []
         for size in self.sizes:
             for seed in self.search.seeds if series in size.series else ():
-                if kind == "forget":
-                    known = self.forget(size.key, seed, outcomes)
-                else:
-                    known = self.recall(size.key, seed)
+                known = self.threshold(kind, size.key, seed, outcomes)
                 if known is not None:
                     n = float(size.total if count == "total" else size.ssm)
                     found.append(Threshold(size=size.key, seed=seed, n=n, interval=known))
@@ -123,6 +135,7 @@ def collect_capacity(config: SweepConfig, study_dir: Path, study: Study) -> Capa
     """Read and judge every finished run."""
     trials = trials_of(study, TrialState.COMPLETE)
     runs = {trial.number: _run(trial.user_attrs["plan"]) for trial in trials}
+    judge = criterion_of(config).judge
     judged = {
         runs[measured.number]: judge(runs[measured.number], measured, config.capacity)
         for measured in finished(study_dir, study)

@@ -16,7 +16,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from lightning_modules.figures import COLOURS, MARKERS, length_axis, save
-from sweeps.results import Measured, Results, describe
+from sweeps.reports.results import Measured, Results, describe
 
 STATE, LENGTH = "initial_state.name", "data.train_length"
 FACTORS = (1, 16, 64)  # multiples of the training length at which recent needles are shown

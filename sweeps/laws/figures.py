@@ -25,14 +25,19 @@ DRAWN = ("linear", "exponential")  # the paper's two forms; the best of the othe
 
 def laws_figure(series: str, laws: Laws) -> Figure:
     """Thresholds of every seed, fits with intervals; the paper's law and points where it counts alike."""
-    figure = Figure(figsize=(10.4, 9.0), layout="constrained")
+    kinds = _kinds(laws)
+    figure = Figure(figsize=(10.4, 4.5 * len(kinds)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"Laws of capacity, {series}", fontsize=12, x=0.02, ha="left")
-    panels = figure.subplots(2, 2, squeeze=False)
-    for row, kind in enumerate(TITLES):
+    panels = figure.subplots(len(kinds), 2, squeeze=False)
+    for row, kind in enumerate(kinds):
         for column, count in enumerate(COUNTS):
             _draw_law(panels[row][column], kind, count, laws[kind, count])
     return figure
+
+
+def _kinds(laws: Laws) -> list[Kind]:
+    return [kind for kind in TITLES if (kind, "total") in laws]
 
 
 def _draw_law(axes: Axes, kind: Kind, count: Count, law: Law) -> None:
@@ -113,11 +118,12 @@ def _drawn(law: Law) -> list[str]:
 
 def residuals(series: str, laws: Laws) -> Figure:
     """Octaves between thresholds and fits: a form that bends away shows a slope here."""
-    figure = Figure(figsize=(10.4, 6.0), layout="constrained")
+    kinds = _kinds(laws)
+    figure = Figure(figsize=(10.4, 3.0 * len(kinds)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"Residuals, {series} (N_S: {COUNTS['total']})", fontsize=12, x=0.02, ha="left")
-    panels = figure.subplots(2, 2, squeeze=False, sharex="row", sharey="row")
-    for row, kind in enumerate(TITLES):
+    panels = figure.subplots(len(kinds), 2, squeeze=False, sharex="row", sharey="row")
+    for row, kind in enumerate(kinds):
         law = laws[kind, "total"]
         for column, name in enumerate(DRAWN):
             axes, fit = panels[row][column], law.fit(name)
@@ -139,7 +145,9 @@ def residuals(series: str, laws: Laws) -> Figure:
                 axes.text(0.5, 0.6, "no fit: too few thresholds", transform=axes.transAxes, ha="center")
             size_axis(axes)
             axes.set_ylabel("octaves above the fit" if column == 0 else "")
-            axes.set_xlabel(f"{axes.get_xlabel()}\nhollow: censored, at its known end" if row else "")
+            axes.set_xlabel(
+                f"{axes.get_xlabel()}\nhollow: censored, at its known end" if kind == kinds[-1] else ""
+            )
         reach = max(1.0, *(abs(edge) for edge in panels[row][0].get_ylim()))
         panels[row][0].set_ylim(-reach, reach)
     return figure

@@ -16,8 +16,8 @@ from sweeps.laws.run_figures import importances, parallel_coordinates, surface
 from sweeps.laws.tables import all_laws, render
 
 CAPTIONS = {
-    "surface": "Each cell is a training length and a state size: how far exact match on recent needles "
-    "falls, at its worst to 64x, from its value in length. The threshold is where cells turn to all seeds "
+    "surface": "Each cell is a training length and a state size: how far what the runs are judged by gets "
+    "worse, at its worst to 64x, than it is in length. The threshold is where cells turn to all seeds "
     "holding. Cells are empty where the search had no need to look.",
     "laws": "Bars: the interval in which each seed's threshold lies. Hollow triangles: known only to lie "
     "beyond. Bands: 95% intervals over resampled seeds. Stars and dashes: the paper's points and law; its "
@@ -71,8 +71,11 @@ def run_rows(found: Capacity) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"size": run.size, "n_total": size.total, "n_ssm": size.ssm}
         row |= {"train_length": run.length, "seed": run.seed, "attempt": run.attempt}
         row |= {"lr": measured.point.get("optim.lr"), "outcome": judged.outcome}
-        row |= {"in_length_exact": judged.in_length, "recent_in_length": judged.recent_in_length}
-        row |= {"worst_recent": judged.worst_exact, "worst_at": judged.worst, "doubt": judged.doubt}
+        values = (judged.in_length, judged.inside, judged.beyond)
+        row |= dict(zip(found.criterion.columns, values, strict=True))
+        row |= {"worst_at": judged.worst, "asked_to": judged.reach, "doubt": judged.doubt}
+        if measured.loss is not None:
+            row |= {"unigram_loss": measured.loss.get("unigram")}
         if judged.recalled is not None:
             row |= {"recalled": judged.recalled.low}
         row |= {f"recent_{length}": share.exact for length, share in measured.recent.items()}

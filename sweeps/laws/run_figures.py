@@ -1,5 +1,6 @@
 """The runs of a study of capacity drawn: the surface, what decides, and every run."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,12 +29,12 @@ def surface(found: Capacity, series: str) -> Figure:
             solved = [judged for judged in runs if judged.outcome != "unsolved"]
             if solved:
                 holding = sum(judged.outcome == "holds" for judged in solved)
-                kept[row, column] = np.mean([_kept(judged) for judged in solved])
+                kept[row, column] = np.mean([judged.kept for judged in solved])
                 words[row, column] = f"{holding}/{len(solved)}"
             elif runs:
                 words[row, column] = "unsolved"
     height = max(3.6, 2.2 + 0.42 * len(sizes))
-    figure, axes = _figure(f"Recent needles beyond the training length, {series}", 8.2, height)
+    figure, axes = _figure(f"{found.criterion.title}, {series}", 8.2, height)
     image = axes.imshow(kept, cmap="cividis", vmin=0, vmax=1, aspect="auto", origin="lower")
     for (row, column), text in np.ndenumerate(words):
         bright = np.isfinite(kept[row, column]) and kept[row, column] > 0.55
@@ -49,7 +50,7 @@ def surface(found: Capacity, series: str) -> Figure:
     )
     axes.set_ylabel("state size N_S, SSM and convolution")
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.set_label("worst exact match to 64x\nover its in-length value")
+    bar.set_label(found.criterion.kept)
     bar.outline.set_visible(False)
     return figure
 
@@ -57,8 +58,8 @@ def surface(found: Capacity, series: str) -> Figure:
 def importances(found: Capacity) -> Figure:
     """Share of the variance of each measure that one setting alone explains."""
     measures: dict[str, Callable[[Judged], float]] = {
-        "worst recent accuracy over in-length": _kept,
-        "exact match at the training length": lambda judged: judged.in_length,
+        found.criterion.kept.replace("\n", " "): lambda judged: judged.kept,
+        found.criterion.in_length.replace("\n", " "): lambda judged: judged.in_length,
     }
     names = list(factors(found))
     figure, axes = _figure(
@@ -79,8 +80,8 @@ def parallel_coordinates(found: Capacity) -> Figure:
     """A line for every run, by outcome: settings on the left, what came out on the right."""
     columns: list[tuple[str, Factor]] = list(factors(found).items())
     results: list[tuple[str, Factor]] = [
-        ("exact match\nin length", lambda judged: judged.in_length),
-        ("worst recent\nexact match", lambda judged: judged.worst_exact),
+        (found.criterion.in_length, lambda judged: judged.in_length),
+        (found.criterion.beyond, lambda judged: judged.beyond),
     ]
     width = 1.8 * (len(columns) + len(results))
     figure, axes = _figure("Every run", max(7.0, width), 4.6)
@@ -88,7 +89,7 @@ def parallel_coordinates(found: Capacity) -> Figure:
     for position, (_, read) in enumerate([*columns, *results]):
         values = [read(judged) for judged in found.judged.values()]
         is_result = position >= len(columns)
-        levels = [0.0, 0.5, 1.0] if is_result else sorted(set(values))
+        levels = _ends(values) if is_result else sorted(set(values))
         place = _scale(levels, even=not is_result)
         scaled.append([place(value) for value in values])
         axes.axvline(position, color="#BBBBBB", linewidth=1, zorder=1)
@@ -113,15 +114,18 @@ def parallel_coordinates(found: Capacity) -> Figure:
 
 
 def _scale(levels: Iterable[float], even: bool) -> Callable[[float], float]:
-    """Places in [0, 1]: levels at even steps, or numbers as they are."""
+    """Places in [0, 1]: levels at even steps, or numbers between the lowest level and the highest."""
     ordered = sorted(set(levels))
     if not even:
-        return lambda value: value
+        low, high = ordered[0], ordered[-1]
+        return lambda value: (min(value, high) - low) / (high - low)
     return lambda value: ordered.index(value) / max(1, len(ordered) - 1)
 
 
-def _kept(judged: Judged) -> float:
-    return min(1.0, judged.worst_exact / judged.recent_in_length) if judged.recent_in_length else 0.0
+def _ends(values: Iterable[float]) -> list[float]:
+    """0 to 1 for shares; for losses, from 0 to above all that are finite."""
+    top = max(1.0, *(math.ceil(value) for value in values if math.isfinite(value)))
+    return [0.0, top / 2, top]
 
 
 def _figure(title: str, width: float, height: float) -> tuple[Figure, Axes]:

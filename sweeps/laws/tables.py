@@ -15,9 +15,11 @@ from sweeps.laws.thresholds import Interval
 
 def render(found: Capacity, laws: dict[str, Laws]) -> list[RenderableType]:
     """Sizes and thresholds, laws, lengths; runs are in the page and in results.csv."""
-    blocks: list[RenderableType] = [summary(found), thresholds_table(found), LEGEND, lengths_table(found)]
+    blocks: list[RenderableType] = [summary(found), thresholds_table(found), legend(found)]
+    blocks.append(lengths_table(found))
     for series in found.series:
         blocks += law_blocks(series, laws[series])
+    blocks.append(resamples_line(found))
     if found.failed:
         blocks.append(f"Failed runs: {len(found.failed)} (the same command tries them again)")
         blocks += [
@@ -28,8 +30,22 @@ def render(found: Capacity, laws: dict[str, Laws]) -> list[RenderableType]:
 
 LEGEND = """\
 T_forget: the shortest training length without collapse lies in (low, high]; <: at most; >: more than.
-T_recall: the longest context recalled lies in [low, high), the maximum over training lengths.
+{recall}
 ~: the outcome was not monotone in the length, the interval spans the dispute. -: no run has been solved."""
+RECALL = "T_recall: the longest context recalled lies in [low, high), the maximum over training lengths."
+NO_RECALL = "T_recall does not apply: language models are asked for no needle."
+
+
+def legend(found: Capacity) -> str:
+    if found.criterion.has_recall:
+        return LEGEND.format(recall=RECALL)
+    factor = found.config.capacity.loss_factor
+    said = f"Collapse: loss beyond the training length above {factor:g} times its maximum within."
+    if found.judged:
+        least = min(judged.reach / run.length for run, judged in found.judged.items())
+        said += f" Asked to {least:.3g} times the training length at least"
+        said += "." if least >= 64 else ": the text or evaluate.loss.max_length ends there."
+    return f"{LEGEND.format(recall=NO_RECALL)}\n{said}"
 
 
 def summary(found: Capacity) -> str:
@@ -48,16 +64,14 @@ def summary(found: Capacity) -> str:
 
 def thresholds_table(found: Capacity) -> Table:
     table = Table(title="Thresholds, one for each seed", title_justify="left")
-    for heading in ("state size", "N_S", "SSM", "conv", "T_forget", "T_recall"):
-        table.add_column(
-            heading, justify="left" if heading in ("state size", "T_forget", "T_recall") else "right"
-        )
+    laws = [TITLES[kind] for kind in found.kinds]
+    for heading in ("state size", "N_S", "SSM", "conv", *laws):
+        table.add_column(heading, justify="left" if heading in ("state size", *laws) else "right")
     for size in found.sizes:
         seeds = found.search.seeds
-        forget = [show_interval(found.forget(size.key, seed)) for seed in seeds]
-        recall = [show_interval(found.recall(size.key, seed)) for seed in seeds]
-        cells = [f"{size.total:,}", f"{size.ssm:,}", f"{size.conv:,}", "  ".join(forget), "  ".join(recall)]
-        table.add_row(size.key, *cells)
+        known = [[found.threshold(kind, size.key, seed) for seed in seeds] for kind in found.kinds]
+        cells = ["  ".join(map(show_interval, one)) for one in known]
+        table.add_row(size.key, f"{size.total:,}", f"{size.ssm:,}", f"{size.conv:,}", *cells)
     return table
 
 
@@ -92,6 +106,15 @@ def law_table(title: str, law: Law) -> Table:
             f"{fit.form.name}: {fit.form.words}", parameters(fit, law), scatter, f"{fit.aicc:.1f}", share
         )
     return table
+
+
+def resamples_line(found: Capacity) -> str:
+    count = found.config.capacity.resamples
+    return (
+        f"Intervals: 95%, of {count} resamples (capacity.resamples)"
+        if count
+        else "No intervals: capacity.resamples=0"
+    )
 
 
 def law_blocks(series: str, laws: Laws) -> list[RenderableType]:
@@ -160,6 +183,6 @@ def show_interval(interval: Interval | None) -> str:
 def all_laws(found: Capacity, counts: tuple[Count, ...] = ("total", "ssm")) -> dict[str, Laws]:
     """Series -> law by kind and count. The slow part of a report."""
     return {
-        series: {(kind, count): found.law(kind, series, count) for kind in TITLES for count in counts}
+        series: {(kind, count): found.law(kind, series, count) for kind in found.kinds for count in counts}
         for series in found.series
     }

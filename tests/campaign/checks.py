@@ -11,10 +11,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from conf.load import parse
 from conf.schema import TrainConfig
-from sweeps.samplers import point_of
-from sweeps.store import Store
-from sweeps.studies import latest, lost
-from sweeps.study_dir import load
+from sweeps.planning.samplers import point_of
+from sweeps.stores.store import Store
+from sweeps.stores.studies import latest, lost
+from sweeps.stores.study_dir import load
 from tests.campaign import law
 from tests.campaign.arena import Arena
 

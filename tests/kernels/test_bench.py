@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def test_report_shows_failures_beside_numbers(tmp_path: Path) -> None:
     assert "RuntimeError: refused" in text
     assert "failed: RuntimeError: refused" in report.line(failed)
     assert report.figure(rows, tmp_path / "bench.png").stat().st_size > 5000
-    report.write(tmp_path / "bench.json", BenchConfig(), H200, rows)
+    report.write(tmp_path / "bench.json", asdict(BenchConfig()), H200, rows)
     assert json.loads((tmp_path / "bench.json").read_text())["rows"] == rows
 
 

@@ -209,7 +209,7 @@ def test_states_that_stop_being_finite_beyond_training_are_found(tmp_path: Path)
         return model.eval()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "load_model", load)
+        patch.setattr(run, "load_subject", load)
         main([f"checkpoint={tmp_path / 'model'}", f"run_dir={tmp_path / 'out'}", UNTRACKED, "prompt=newline"])
     found = read_json(tmp_path / "out" / "diagnosis.json")
     assert (found["non_finite"]["layer"], found["non_finite"]["head"]) == (1, 3)

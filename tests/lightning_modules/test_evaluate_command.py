@@ -246,6 +246,12 @@ def test_a_documents_checkpoint_is_measured_on_held_out_text(
     assert all(
         3 < value < 8 for value in loss["loss"]
     )  # near log 256, the loss of a model that knows nothing
+    assert 2 < loss["unigram"] < 3, "fewer letters than 256, and not as likely"
+    assert all(0 < error < 1 for error in loss["error"])
+    bounded = [argument for argument in QUICK if not argument.startswith("loss.length")]
+    bounded += ["loss.max_length=280", "suites=[loss]", f"run_dir={tmp_path / 'bounded'}"]
+    main([f"checkpoint={run}", UNTRACKED, *bounded])
+    assert read_json(tmp_path / "bounded" / "evaluation.json")["loss"]["length"] == 280
     with pytest.raises(SystemExit):
         main([f"checkpoint={run}", f"run_dir={tmp_path / 'long'}", UNTRACKED, *QUICK, "loss.length=1000000"])
 

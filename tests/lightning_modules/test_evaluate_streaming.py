@@ -12,7 +12,7 @@ from data.passkey import PasskeyTask
 from data.tokenizers import ByteTokenizer
 from kernels.ssd import Mitigation
 from lightning_modules.backbone import Mamba2LM
-from lightning_modules.evaluation.loss import loss_by_position, prompts_source
+from lightning_modules.evaluation.loss import loss_by_position, prompts_source, unigram_loss
 from lightning_modules.evaluation.streaming import Reader
 
 MITIGATIONS = {
@@ -95,6 +95,8 @@ def test_loss_by_position_is_that_of_full_logits(
         losses = F.cross_entropy(logits.transpose(1, 2), torch.from_numpy(ids[:, 1:]), reduction="none")
     by_position = losses.mean(0).split(bucket)
     np.testing.assert_allclose(measured["loss"], [part.mean().item() for part in by_position], rtol=1e-5)
+    by_prompt = torch.stack([part.double().mean(1) for part in losses.split(bucket, 1)], 1)
+    np.testing.assert_allclose(measured["error"], by_prompt.std(0) / ROWS**0.5, rtol=1e-4)
     positions = torch.arange(1, LENGTH + 1, dtype=torch.float64).split(bucket)
     assert measured["position"] == [part.mean().item() for part in positions]
     assert not measured["non_finite"]
@@ -108,7 +110,23 @@ def test_a_bucket_that_met_nan_has_no_loss(model: Mamba2LM, ids: np.ndarray) -> 
     measured = loss_by_position(Reader(model, Mitigation(), 64), lambda a, b: ids[:, a:b], LENGTH, 100)
     assert measured["non_finite"]
     # Tied embeddings: token 7 spoils every softmax.
-    assert measured["loss"] == [None] * 4
+    assert measured["loss"] == measured["error"] == [None] * 4
+
+
+def test_one_prompt_has_no_standard_error(model: Mamba2LM, ids: np.ndarray) -> None:
+    measured = loss_by_position(Reader(model, Mitigation(), 64), lambda a, b: ids[:1, a:b], LENGTH, 100)
+    assert None not in measured["loss"]
+    assert measured["error"] == [None] * 4
+
+
+def test_the_unigram_loss_is_that_of_the_texts_own_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frequencies of 8 tokens, 5 of them 1s; the first 4 are two 1s and two others."""
+    monkeypatch.setattr("lightning_modules.evaluation.loss.PIECE", 3)
+    ids = np.array([[9, 1, 0, 1, 1], [9, 1, 7, 0, 1]])
+    expected = -(2 * np.log(5 / 8) + np.log(2 / 8) + np.log(1 / 8)) / 4
+    assert unigram_loss(lambda a, b: ids[:, a:b], 2, 4) == pytest.approx(expected)
+    whole = -(5 * np.log(5 / 8) + 2 * np.log(2 / 8) + np.log(1 / 8)) / 8
+    assert unigram_loss(lambda a, b: ids[:, a:b], 4, 4) == pytest.approx(whole), "their entropy"
 
 
 def test_any_stretch_of_the_prompts_is_cut_from_one_text() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from sweeps.tether import tethered
+from sweeps.trials.tether import tethered
 
 PACKAGES = "munge slurmctld slurmd slurm-client"
 INSTALL = f"apt-get install -y --no-install-recommends {PACKAGES}"

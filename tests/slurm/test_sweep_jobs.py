@@ -12,7 +12,7 @@ import pytest
 from optuna.trial import TrialState
 
 from lightning_modules.mlflow_store import connect
-from sweeps.studies import load_studies
+from sweeps.stores.studies import load_studies
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT, Checkout
 from tests.sweeps.conftest import BASE, SWEEP

@@ -8,7 +8,7 @@ import sys
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
-from sweeps.locks import ProcessLock
+from sweeps.stores.locks import ProcessLock
 from tests.sweeps.test_interruption import TRACKED, states
 
 PENDING = os.EX_TEMPFAIL

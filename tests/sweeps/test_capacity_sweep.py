@@ -7,8 +7,8 @@ import signal
 import pytest
 
 from sweeps.endings import GOES_ON
-from sweeps.store import stage_name
-from sweeps.studies import load_studies
+from sweeps.stores.store import stage_name
+from sweeps.stores.studies import load_studies
 from tests.sweeps.conftest import SweepProcess
 
 STUDY = """\
@@ -52,6 +52,10 @@ def test_search_grows_stops_with_its_budget_and_goes_on_to_the_same_end(study, t
     first = study.run("budget_minutes=0.1", status=GOES_ON, **slow)
     assert "Stopped after budget_minutes=0.1" in first
     assert "To go on:" in first
+    assert "What there is so far:  runs/tiny/report.html" in first
+    for name in ("report.html", "report.txt"):
+        assert "The search goes on" in (study.study_dir / name).read_text()
+    assert (study.study_dir / "results.csv").exists()
     study.start(**slow)
     study.wait_for(lambda: list(study.study_dir.glob("capacity/trial-*/result.json")))
     study.process.send_signal(signal.SIGKILL)

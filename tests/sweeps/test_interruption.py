@@ -12,7 +12,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
-from sweeps.studies import load_studies
+from sweeps.endings import GOES_ON
+from sweeps.stores.studies import load_studies
 from tests.sweeps.conftest import ROOT
 
 
@@ -135,6 +136,16 @@ def test_interrupted_sweep_stops_its_processes_and_says_how_to_go_on(sweep, numb
     sweep.wait_until_gone("lightning_modules.train", seconds=1)
     assert states(sweep.study_dir) == [TrialState.WAITING] * 3  # two of them to be continued
     assert stage_status(sweep) == "KILLED"
+
+
+@pytest.mark.parametrize("minutes", [0.0001, 0.05], ids=["before anything", "in the middle"])
+def test_budget_of_a_start_leaves_a_report_of_what_there_is(sweep, minutes):
+    output = sweep.run(f"budget_minutes={minutes}", "workers=1", status=GOES_ON, step_seconds=0.3)
+    assert f"Stopped after budget_minutes={minutes:g}" in output
+    assert "What there is so far:  runs/tiny/report.html" in output
+    for name in ("report.html", "report.txt", "results.csv"):
+        assert (sweep.study_dir / name).exists()
+    sweep.wait_until_gone("lightning_modules.train", seconds=1)
 
 
 def test_failed_trial_is_named_with_its_last_words_and_tried_again_by_the_next_start(sweep):

@@ -12,13 +12,13 @@ from conf.load import parse, to_yaml
 from conf.schema import TrainConfig
 from conf.sweep_schema import SweepConfig
 from lightning_modules.tracking import Tracker
-from sweeps.claims import claim, fail, finish
-from sweeps.plans import plan_samples
+from sweeps.planning.plans import plan_samples
 from sweeps.reconcile import main, reconcile
-from sweeps.results import finished
-from sweeps.store import Store
-from sweeps.studies import enqueue, make_study
-from sweeps.trial import run_trial
+from sweeps.reports.results import finished
+from sweeps.stores.store import Store
+from sweeps.stores.studies import enqueue, make_study
+from sweeps.trials.claims import claim, fail, finish
+from sweeps.trials.trial import run_trial
 from tests.sweeps.directories import leave_training, leave_trial
 
 METRIC = {"passkey/recent_exact_beyond": "maximize"}

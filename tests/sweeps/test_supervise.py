@@ -4,10 +4,10 @@ import subprocess
 
 import pytest
 
-from sweeps.claims import claim, finish
-from sweeps.plans import plan_given
-from sweeps.studies import enqueue, make_study
+from sweeps.planning.plans import plan_given
+from sweeps.stores.studies import enqueue, make_study
 from sweeps.supervise import SweepFailed, Workers
+from sweeps.trials.claims import claim, finish
 from tests.sweeps.test_worker import make
 
 

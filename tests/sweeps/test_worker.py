@@ -13,12 +13,12 @@ from conf.load import parse, to_yaml
 from conf.schema import TrainConfig
 from conf.sweep_schema import SweepConfig, WorkerConfig
 from lightning_modules.run_dir import open_run_dir
-from sweeps.claims import claim
-from sweeps.plans import plan_given
-from sweeps.steps import Interrupted, Steps, set_aside_damaged
-from sweeps.store import Store
-from sweeps.studies import enqueue, make_study
-from sweeps.trial import run_trial
+from sweeps.planning.plans import plan_given
+from sweeps.stores.store import Store
+from sweeps.stores.studies import enqueue, make_study
+from sweeps.trials.claims import claim
+from sweeps.trials.steps import Interrupted, Steps, set_aside_damaged
+from sweeps.trials.trial import run_trial
 from sweeps.worker import main, run_one, work
 from tests.sweeps.directories import leave_training
 
@@ -80,7 +80,9 @@ def test_a_trial_that_heard_of_the_end_first_waits_and_one_asked_by_hand_goes_on
     with pytest.raises(Interrupted):
         told.run("train", tmp_path, WorkerConfig(study="x"), [], {})
     by_hand = Steps(threads=1, stop=lambda: False, watch=lambda: None)
-    monkeypatch.setattr("sweeps.steps.ended", lambda _: None if next(ends) else {"status": "completed"})
+    monkeypatch.setattr(
+        "sweeps.trials.steps.ended", lambda _: None if next(ends) else {"status": "completed"}
+    )
     ends = iter([True, False])
     statuses = iter([143, 0])
     assert by_hand.run("train", tmp_path, WorkerConfig(study="x"), [], {})["status"] == "completed"

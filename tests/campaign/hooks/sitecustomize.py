@@ -29,7 +29,7 @@ FILES = {  # by the name that appears
     "mkdir": re.compile(r"/trial-\d+$"),
 }
 FUNCTIONS = {  # module: (class or None, function, border)
-    "sweeps.claims": (None, "suggest", "ask"),
+    "sweeps.trials.claims": (None, "suggest", "ask"),
     "optuna.study.study": ("Study", "tell", "tell"),
     "mlflow.tracking.client": ("MlflowClient", "set_terminated", "mlflow-end"),
 }

@@ -11,12 +11,18 @@ from conf.sweep_schema import SweepConfig, train_base
 from lightning_modules.evaluation.conclusion import conclude, metrics
 from lightning_modules.evaluation.passkey import wilson_interval
 from sweeps.laws.capacity import Capacity, search_of
-from sweeps.laws.outcomes import judge
+from sweeps.laws.outcomes import criterion_of
 from sweeps.laws.thresholds import Run, next_runs
-from sweeps.results import Measured, Share
+from sweeps.reports.results import Measured, Share
 
 ROOT = Path(__file__).parents[3]
 PROMPTS = 256
+TEXT = {
+    "train.base": str(ROOT / "conf" / "train" / "documents.yaml"),
+    "train.metric": "loss/max_beyond",
+    "train.direction": "minimize",
+    "evaluate": {"suites": ["loss"], "loss.prompts": 32},
+}
 
 
 def study(**settings) -> SweepConfig:
@@ -70,6 +76,38 @@ def measured(
     )
 
 
+def losses(
+    length: int, inside: list[float], beyond: list[float], error=0.02, unigram=3.0, prompts=32, **more
+) -> dict:
+    """What evaluation.json has of a language model: four buckets within training, then a stretch of four for
+    each value. None: not finite."""
+    values = [*inside, *(value for value in beyond for _ in range(4))]
+    bucket = length // 4
+    found = {"text": "held-out documents", "prompts": prompts, "length": bucket * len(values)}
+    found |= {"unigram": unigram, "bucket": bucket, "loss": values}
+    found["position"] = [bucket * i + (bucket + 1) / 2 for i in range(len(values))]
+    found["error"] = [None if value is None or prompts < 2 else error for value in values]
+    return found | {"non_finite": None in values} | more
+
+
+def measured_text(length: int, loss: dict | None, point=None, seed=0, number=0) -> Measured:
+    conclusion = conclude(length, None, loss)
+    return Measured(
+        number=number,
+        run_dir=Path(f"capacity/trial-{number:04d}"),
+        point=point or {"data.train_length": length},
+        seed=seed,
+        value=0.5,
+        seconds=30.0,
+        metrics=metrics(length, None, conclusion),
+        train_length=length,
+        recent={},
+        recall={},
+        conclusion=conclusion,
+        loss=loss,
+    )
+
+
 class World:
     """T_forget and T_recall of N, each seed off by a log-normal factor; some first attempts are unsolved."""
 
@@ -88,6 +126,10 @@ class World:
         fails = fails or run.length > reach  # more than the state can hold
         length, inside = run.length, 0.6 if fails else 0.99 - 0.01 * dice.random()
         holds = length >= self.forget(n) * aside
+        if not criterion_of(self.config).has_recall:
+            far = [1.6 if holds else 1.6 + 0.1 * min(octave, 40) for octave in range(63)]
+            within = [3.1] * 4 if fails else [2.4, 2.0, 1.8, 1.7]
+            return measured_text(length, losses(length, within, far), size.point, run.seed, number)
         recent = {length: inside}
         for octave in range(1, 7):
             beyond = 0.98 * inside if holds else inside * max(0.0, 0.85 - 0.2 * octave)
@@ -100,7 +142,7 @@ class World:
     def explore(self, limit: int = 10_000) -> Capacity:
         """The whole study, or its first runs."""
         judged = {}
-        search = search_of(self.config)
+        search, judge = search_of(self.config), criterion_of(self.config).judge
         while runs := next_runs(search, self.sizes, {run: one.outcome for run, one in judged.items()}):
             for run in runs[: limit - len(judged)]:
                 judged[run] = judge(run, self.measure(run, len(judged)), self.config.capacity)

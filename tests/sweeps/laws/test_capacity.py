@@ -8,12 +8,12 @@ import pytest
 from conf.capacity import RETRY_SEED, rows_for, state_sizes
 from conf.sweep_schema import check, equal_tokens, train_base
 from sweeps.laws.capacity import plan_capacity
-from sweeps.laws.outcomes import judge, longest
+from sweeps.laws.outcomes import judge_needles, longest
 from sweeps.laws.thresholds import Interval, Run
-from sweeps.store import Store
-from sweeps.studies import make_study
-from sweeps.study_dir import prepare
-from tests.sweeps.laws.simulated import World, measured, study
+from sweeps.stores.store import Store
+from sweeps.stores.studies import make_study
+from sweeps.stores.study_dir import prepare
+from tests.sweeps.laws.simulated import TEXT, World, measured, study
 
 RUN = Run("d_state 16", 0, 256)
 
@@ -21,7 +21,7 @@ RUN = Run("d_state 16", 0, 256)
 def judged(inside: float, beyond: list[float], recall: list[float] = (0.99, 0.5), **settings):
     recent = {256 * 2**i: exact for i, exact in enumerate([inside, *beyond])}
     depths = {256 * 2**i: exact for i, exact in enumerate(recall)}
-    return judge(RUN, measured(256, recent, depths), study(**settings).capacity)
+    return judge_needles(RUN, measured(256, recent, depths), study(**settings).capacity)
 
 
 def test_recent_needles_must_keep_nine_tenths_of_their_in_length_value_at_every_length():
@@ -30,7 +30,7 @@ def test_recent_needles_must_keep_nine_tenths_of_their_in_length_value_at_every_
     assert judged(0.98, [0.89, 0.883]).outcome == "holds"
     assert judged(1.0, [1.0, 0.89, 1.0], **{"capacity.holds": 0.8}).outcome == "holds"
     dip = judged(1.0, [1.0, 0.5, 1.0])
-    assert (dip.worst, dip.worst_exact) == (1024, 0.5)
+    assert (dip.worst, dip.beyond) == (1024, 0.5)
 
 
 def test_a_run_below_95_in_its_own_length_is_unsolved_whatever_it_does_beyond():
@@ -124,6 +124,27 @@ MISTAKES = {
         r"evaluate.passkey.lengths=.*leave it out",
     ),
     "no passkey": ({"evaluate": {"suites": ["loss"]}}, r"evaluate.suites=\['loss'\]: .*passkey"),
+    "text without losses": (
+        {**TEXT, "evaluate": {"suites": ["states"]}},
+        r"evaluate.suites=\['states'\]: runs on data.name=documents are judged by loss: add it",
+    ),
+    "text and a metric of needles": (
+        {**TEXT, "train.metric": "passkey/recent_exact_beyond"},
+        r"train.metric=passkey/recent_exact_beyond: is not measured .*train.metric=loss/max_beyond",
+    ),
+    "prompts no longer than training": (
+        {**TEXT, "evaluate": {"suites": ["loss"], "loss.max_length": 4096}},
+        r"evaluate.loss.max_length=4096: must reach .* to 8192 at least",
+    ),
+    "length of prompts": (
+        {**TEXT, "evaluate": {"suites": ["loss"], "loss.length": 4096}},
+        r"evaluate.loss.length=4096: .*bound it with loss.max_length",
+    ),
+    "one prompt": (
+        {**TEXT, "evaluate": {"suites": ["loss"], "loss.prompts": 1}},
+        r"evaluate.loss.prompts=1: the noise between prompts",
+    ),
+    "a bar below the maximum": ({"capacity.loss_factor": 0.9}, r"capacity.loss_factor=0.9: must be above 1"),
     "seeds far apart": ({"train.seeds": [0, 1000]}, r"train.seeds=\[0, 1000\]: must lie within 1000"),
     "a budget of nothing": ({"budget_minutes": 0}, r"budget_minutes=0.0: must be positive"),
 }

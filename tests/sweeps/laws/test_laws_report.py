@@ -6,11 +6,11 @@ import re
 import pytest
 from rich.console import Console
 
-from sweeps import page
 from sweeps.laws.factorial import Factorial, render, write_figure
 from sweeps.laws.importance import eta_squared
 from sweeps.laws.report import Report, report_found
-from sweeps.results import Results
+from sweeps.reports import page
+from sweeps.reports.results import Results
 from tests.sweeps.laws.simulated import World, measured, study
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints between layouts: ours, state-spaces, Hugging Face."""

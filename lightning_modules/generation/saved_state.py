@@ -1,0 +1,99 @@
+"""A recurrent state on disk: what was read once need not be read again.
+
+A safetensors file: data only, no code runs when it is read. Its header names the model, the mitigation and
+how many tokens each row has read.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from conf.load import to_dict
+from lightning_modules.backbone import Mamba2LM
+from lightning_modules.calibration.file import fingerprint
+from lightning_modules.mitigations import LayerMitigations
+from lightning_modules.state import ModelState
+
+FORMAT = "longstate state 1"
+
+
+def save_state(path: str | Path, state: ModelState, model: Mamba2LM) -> None:
+    """Write a state of this model, at once or not at all."""
+    path = Path(path)
+    header = {
+        "format": FORMAT,
+        "model": model_identity(model),
+        "mitigation": state.mitigation,
+        "tokens": json.dumps(state.position.tolist()),
+    }
+    tensors = {name: t.detach().cpu().contiguous() for name, t in _named(state).items()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=header)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"save_state={path}: cannot be written ({error}): choose another place") from None
+
+
+def require_writable(path: str | Path) -> None:
+    """Refuse a place that cannot be written, before a long prompt is read."""
+    folder = Path(path).resolve().parent
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"save_state={path}: cannot be written: name a file in a folder that exists")
+
+
+def load_state(
+    path: str | Path, model: Mamba2LM, mitigation: LayerMitigations, device: torch.device | str
+) -> ModelState:
+    """The state at `path`, of this very model under this mitigation.
+
+    Raises:
+        ValueError: the file is missing, damaged or none of ours; of another model or mitigation.
+    """
+    name = f"state={path}"
+    if not Path(path).is_file():
+        raise ValueError(f"{name}: no such file; make one with save_state=PATH")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{name}: truncated or damaged, or no saved state ({error})") from None
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{name}: no saved state of this version; make it again with save_state=PATH")
+    if header["model"] != model_identity(model):
+        raise ValueError(
+            f"{name}: of another model, or of this one before it was trained on or in another dtype: "
+            "use the checkpoint and dtype that it was made with"
+        )
+    if header["mitigation"] != mitigation.key:
+        raise ValueError(
+            f"{name}: read under mitigation {header['mitigation']}, not {mitigation.key}: "
+            "use the same, or read the text again"
+        )
+    rows = len(json.loads(header["tokens"]))
+    own = ModelState.zeros(model.config, rows, "meta", model.lm_head.weight.dtype, mitigation)
+    expected = {key: (t.shape, t.dtype) for key, t in _named(own).items()}
+    if {key: (t.shape, t.dtype) for key, t in tensors.items()} != expected:
+        raise ValueError(f"{name}: damaged: its tensors are not those of this model's states")
+    return own.with_tensors(tensors[key].to(device) for key in expected)
+
+
+def model_identity(model: Mamba2LM) -> str:
+    """Hash of the config, as far as it changes results, of the weights and of their dtype."""
+    config = {key: value for key, value in to_dict(model.config).items() if key != "chunk_size"}
+    told = [config, str(model.lm_head.weight.dtype), fingerprint(model)]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _named(state: ModelState) -> dict[str, Tensor]:
+    """The tensors of a state, in the order of `ModelState.tensors()`."""
+    parts = [f"layer{i}.{part}" for i, s in enumerate(state.layers) for part in range(len(s.tensors()))]
+    return dict(zip([*parts, "position"], state.tensors(), strict=True))

@@ -1,0 +1,1 @@
+"""Recurrent models of other families, read by diagnose and evaluate as our own are."""

@@ -1,0 +1,1 @@
+"""Which trials there are to be: plans, samplers, budgets."""

@@ -1,0 +1,1 @@
+"""Where a sweep's studies live, who holds which lock, and what a study directory remembers."""
