@@ -238,6 +238,10 @@ class TrainerConfig:
         remedy = "counts segments: give trainer.segment_length as well"
         require(needs_segments, "trainer.truncate_after", self.truncate_after, remedy)
 
+    def logs_at(self, step: int) -> bool:
+        """Whether training metrics are logged after so many optimizer steps."""
+        return step % self.log_every == 0 or step == self.max_steps
+
     @property
     def ranks(self) -> int:
         return self.devices * self.num_nodes

@@ -13,9 +13,14 @@ TRAINING, VALIDATION = 0, 1  # second number of a seed: streams of samples that 
 
 
 class Source(Protocol):
-    """Endless samples: row i is a pure function of (length, indices[i], seed)."""
+    """Endless samples: row i is a pure function of (length, indices[i], seed).
+
+    `position` tells where row `index` lies in what there is to read, for the record.
+    """
 
     def sample(self, length: int, indices: Sequence[int], seed: Sequence[int]) -> Batch: ...
+
+    def position(self, length: int, index: int, seed: Sequence[int]) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -77,20 +82,33 @@ class TrainBatches(Dataset[Batch]):
 
     def __getitem__(self, k: int) -> Batch:
         step, part = divmod(k, self.accumulate)
-        length, stage_start = self.length, self.curriculum_steps
-        if self.curriculum_length is not None and step < self.curriculum_steps:
-            length, stage_start = self.curriculum_length, 0
+        length, stage_start = self._stage(step)
         rows = self.batch_size * self.length // length
         size = rows // (self.accumulate * self.world_size)
-        first = (step - stage_start * self.stages_begin_anew) * rows + (
-            part * self.world_size + self.rank
-        ) * size
+        first = self._counted(step, stage_start) * rows + (part * self.world_size + self.rank) * size
         batch = self.source.sample(length, range(first, first + size), (self.seed, TRAINING, length))
         if "document_starts" in batch and step == stage_start:
             batch["document_starts"][:, 0] = (
                 True  # rows of another length came before: nothing continues them
             )
         return self.piece.of(batch)
+
+    def position(self, steps: int) -> dict[str, float]:
+        """Where the data stand after so many steps: the first sample of the next, counted at its length, and
+        where that lies."""
+        length, stage_start = self._stage(steps)
+        sample = self._counted(steps, stage_start) * (self.batch_size * self.length // length)
+        return {"sample": sample, **self.source.position(length, sample, (self.seed, TRAINING, length))}
+
+    def _counted(self, step: int, stage_start: int) -> int:
+        """Steps whose samples come before those of `step`."""
+        return step - stage_start if self.stages_begin_anew else step
+
+    def _stage(self, step: int) -> tuple[int, int]:
+        """The length of a step's samples, and the first step of that length."""
+        if self.curriculum_length is not None and step < self.curriculum_steps:
+            return self.curriculum_length, 0
+        return self.length, self.curriculum_steps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,11 +28,20 @@ class PackedDocuments:
         """Rows `indices` of an endless sequence: ids, targets (n, length) int64, loss_weight fp32, answer and
         document_starts bool.
         """
+        return _cut_rows(self.stream, self._firsts(length, indices, seed), length)
+
+    def position(self, length: int, index: int, seed: Sequence[int]) -> dict[str, float]:
+        """Where row `index` lies."""
+        n_rows = max(1, len(self.stream) // length)
+        return {"epoch": index / n_rows, **_document_of(self.stream, self._firsts(length, [index], seed))}
+
+    def _firsts(self, length: int, indices: Sequence[int] | Ints, seed: Sequence[int]) -> Ints:
+        """Where rows begin on the ring."""
         n_rows = max(1, len(self.stream) // length)
         epoch, index = np.divmod(np.asarray(indices, np.int64), n_rows)
         key = mix_words(hash_seed(seed) + epoch.astype(np.uint64))
         first = (key % np.uint64(length)).astype(np.int64)
-        return _cut_rows(self.stream, first + permute(index, n_rows, key) * length, length)
+        return first + permute(index, n_rows, key) * length
 
 
 class ConsecutiveDocuments:
@@ -47,11 +56,25 @@ class ConsecutiveDocuments:
 
     def sample(self, length: int, indices: Sequence[int] | Ints, seed: Sequence[int]) -> Batch:
         """As `PackedDocuments.sample`; index i is row i % b of step i // b, b = tokens_per_step / length."""
+        return _cut_rows(self.stream, self._firsts(length, indices, seed), length)
+
+    def position(self, length: int, index: int, seed: Sequence[int]) -> dict[str, float]:
+        """Where row `index` lies. Epochs count what all readers have read together."""
+        epoch = index * length / len(self.stream)
+        return {"epoch": epoch, **_document_of(self.stream, self._firsts(length, [index], seed))}
+
+    def _firsts(self, length: int, indices: Sequence[int] | Ints, seed: Sequence[int]) -> Ints:
+        """Where rows begin on the ring."""
         rows = self.tokens_per_step // length
         step, row = np.divmod(np.asarray(indices, np.int64), rows)
         size = len(self.stream)
         origin = int(hash_seed(seed)[0] % np.uint64(size))
-        return _cut_rows(self.stream, (origin + row * size // rows + step * length) % size, length)
+        return (origin + row * size // rows + step * length) % size
+
+
+def _document_of(stream: TokenStream, firsts: Ints) -> dict[str, float]:
+    document, token = stream.locate(int(firsts[0]))
+    return {"document": document, "document_token": token}
 
 
 def _cut_rows(stream: TokenStream, firsts: Ints, length: int) -> Batch:

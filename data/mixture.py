@@ -60,6 +60,12 @@ class Mixture:
                 rows[name][torch.from_numpy(mine)] = part
         return rows
 
+    def position(self, length: int, index: int, seed: Sequence[int]) -> dict[str, float]:
+        """Which source row `index` is of, and where in that it lies."""
+        which, within = self.places(length, np.array([index]))
+        k = int(which[0])
+        return {"source": k, **self.sources[k].position(length, int(within[0]), (*seed, k))}
+
     def places(self, length: int, indices: Ints) -> tuple[Ints, Ints]:
         """For each row its source, and its number among that source's rows."""
         lanes = 1 if self.lanes is None else self.lanes // length

@@ -171,6 +171,10 @@ class PasskeyTask:
         endings = (draws[:, 2] * len(FILLER)).astype(np.int64)
         return self.batch(self.prompts(length, keys, starts, endings))
 
+    def position(self, length: int, index: int, seed: Sequence[int]) -> dict[str, float]:
+        """Nothing to tell beyond the index: prompts never repeat."""
+        return {}
+
     def batch(self, prompts: Prompts) -> Batch:
         """Shift prompts into inputs and targets; the last position has no target and no loss."""
         targets, answer = np.roll(prompts.ids, -1, axis=1), np.roll(prompts.answer, -1, axis=1)

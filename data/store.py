@@ -59,12 +59,22 @@ class TokenStream:
     def _tokens(self) -> ArrowTokens:
         return ArrowTokens(self.folder / "tokens.arrow", self.dtype)
 
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        return np.load(self.folder / "ends.npy", mmap_mode="r")
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_tokens"}
+        return {name: value for name, value in vars(self).items() if name not in ("_tokens", "_ends")}
 
     def take(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens at any integer positions, int64 of their shape."""
         return self._tokens.take(self.start + positions % len(self)).astype(np.int64)
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(document, token of it) at a position: documents as the store counts them, both from 0."""
+        place = self.start + position % len(self)
+        document = int(np.searchsorted(self._ends, place, side="right"))
+        return document, place - (int(self._ends[document - 1]) if document else 0)
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,10 @@ class StreamedDocuments:
             found.append(self._lanes[key].read(step * length - 1, (step + 1) * length + 1))
         return cut_rows(np.stack(found), self.tokenizer.eos_id)
 
+    def position(self, length: int, index: int, seed: Sequence[int]) -> dict[str, float]:
+        """How many tokens its lane has read before row `index`."""
+        return {"lane_token": index // (self.tokens_per_step // length) * length}
+
     def visit(self, number: int, seed: Sequence[int]) -> int:
         """Which piece comes at this place of the order of all pieces, epoch after epoch."""
         epoch, place = divmod(number, len(self.pieces))

@@ -31,7 +31,7 @@ from lightning_modules.checkpoints import (
 )
 from lightning_modules.cpu import has_native_bf16, settle_memory
 from lightning_modules.language_model import LanguageModel
-from lightning_modules.memory import peak_memory_mib
+from lightning_modules.memory import out_of_memory, peak_memory_mib
 from lightning_modules.metrics_file import MetricsFile, copy_points
 from lightning_modules.planning.estimate import tokens_at_once
 from lightning_modules.ranks import lost_rank
@@ -104,8 +104,9 @@ def fit(run: RunDir) -> dict[str, Any]:
             if metrics.started:  # not the user's mistake: show where it comes from
                 raise RuntimeError(f"after step {trainer.global_step}: {error}") from error
             raise
-        except RuntimeError as error:
-            raise lost_rank(error, trainer.global_step) or error from None
+        except (RuntimeError, MemoryError) as error:
+            step = trainer.global_step
+            raise out_of_memory(error, step) or lost_rank(error, step) or error from None
         steps = trainer.global_step
         if saving.pruned:
             tracker.set_tags({"pruned": "true"})
@@ -247,6 +248,7 @@ def final_metrics(steps: int, metrics: LogMetrics, device: torch.device) -> dict
         **metrics.val_metrics,
         "tokens": float(tokens),
         "tokens_per_second": tokens / metrics.seconds,
+        **metrics.utilisation("mfu", tokens / metrics.seconds),
         "peak_memory_mib": peak_memory_mib(device),
     }
 

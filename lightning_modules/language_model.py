@@ -16,12 +16,14 @@ from kernels.context import Context
 from kernels.cross_entropy import linear_cross_entropy
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.carried import Carried
+from lightning_modules.dtypes import Dtypes, recurrence_dtypes
 from lightning_modules.finite import (
     first_non_finite_gradient,
     first_non_finite_parameter,
     first_of_ranks,
     watch_forward,
 )
+from lightning_modules.gradient_norms import norms_by_group
 from lightning_modules.graphs import GraphedLoss
 from lightning_modules.initial_state import Batch, FittedNoise, InitialState, Noise, Passed, Rows
 from lightning_modules.mitigations import build_mitigation
@@ -57,6 +59,7 @@ class LanguageModel(pl.LightningModule):
         self.mitigation = build_mitigation(config.mitigation, config.model, length=config.data.train_length)
         self.initial_state = INITIAL_STATES[config.initial_state.name](config, self.mitigation)
         self.train_loss = self.grad_norm = math.nan  # of the last optimizer step
+        self.grad_norms: dict[str, float] = {}  # by group of parameters, of the last step that is logged
         self.val_metrics: dict[str, float] = {}  # of the last validation
         self._sums: dict[str, Tensor] = {}
         self._micro_batches: list[tuple[Batch, ModelState | None]] = []
@@ -151,8 +154,16 @@ class LanguageModel(pl.LightningModule):
         parameters = list(self.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.note_gradient_norm(norm.item(), lambda: first_non_finite_gradient(self.model))
+        if self.logs_this_step:
+            named = self.model.named_parameters()
+            self.grad_norms = norms_by_group((n, p.grad) for n, p in named if p.grad is not None)
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+
+    @property
+    def logs_this_step(self) -> bool:
+        """Whether the optimizer step at work will be logged."""
+        return self.config.trainer.logs_at(self.global_step + 1)
 
     def note_gradient_norm(self, norm: float, locate: Callable[[], str | None]) -> None:
         """Take note of the global norm, the same on all ranks. Raises RunError if it is not finite.
@@ -239,6 +250,15 @@ class LanguageModel(pl.LightningModule):
             found = self.watch(batches) if run_inside is None else run_inside("watch", batches)
             where = first_of_ranks(found[0] if found else None) or "the loss itself"
         return RunError(f"after step {self.global_step}: {what}; first not finite: {where}")
+
+    def recurrence_dtypes(self) -> list[Dtypes]:
+        """What each layer computes in; all ranks call this together."""
+        run_inside = getattr(self.trainer.strategy, "run_inside", None)
+        return self.see_dtypes() if run_inside is None else run_inside("see_dtypes")
+
+    def see_dtypes(self) -> list[Dtypes]:
+        with self.trainer.precision_plugin.forward_context():
+            return recurrence_dtypes(self.model, self.mitigation, self.context)
 
     def watch(self, batches: list[tuple[Batch, ModelState | None]]) -> list[str]:
         """Read micro-batches again and name the tensors that are not finite, in order of computation.

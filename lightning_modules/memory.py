@@ -1,22 +1,29 @@
-"""The most memory that a process has held."""
+"""The most memory that a process has held, and what to say when there is no more."""
 
+import re
 import resource
 import sys
 from pathlib import Path
 
 import torch
 
+from lightning_modules.run_dir import RunError
+
 
 def peak_memory_mib(device: torch.device) -> float:
+    return peak_bytes(device) / 2**20
+
+
+def peak_bytes(device: torch.device) -> int:
     """Most memory that this process (or its share of the GPU) has held."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage would count what the parent held before exec
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
+        return int(line.split()[1]) * 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak if sys.platform == "darwin" else peak * 2**10
 
 
 def reset_peak_memory(device: torch.device) -> bool:
@@ -29,3 +36,18 @@ def reset_peak_memory(device: torch.device) -> bool:
     except OSError:  # not Linux, or a sandbox
         return False
     return True
+
+
+def out_of_memory(error: BaseException, step: int) -> RunError | None:
+    """The one line for an allocation that failed; None for any other error."""
+    message = str(error)
+    on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in message
+    if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+        return None
+    tried = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", message)
+    what = f" for another {tried[1]}" if tried else ""
+    return RunError(
+        f"after step {step}: no {'' if on_cpu else 'GPU '}memory{what}: read fewer tokens at a time "
+        "(trainer.segment_length) or fewer rows (trainer.accumulate), or shard parameters "
+        "(trainer.strategy=deepspeed); python -m lightning_modules.plan with the same settings says what fits"
+    )

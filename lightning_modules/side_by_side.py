@@ -111,7 +111,7 @@ class Lane:
         self.stream = torch.cuda.Stream() if cuda else None
         self.began, self.is_closed = time.monotonic(), False
         self.module = Standalone(self.config)
-        self.trainer = _trainer(self.config, self.module)
+        self.trainer = _trainer(self.config, self.module, self.device)
         self.module.trainer = self.trainer
         self.module.configure_model()
         saved = self._read_unfinished()
@@ -135,6 +135,7 @@ class Lane:
             self._restore(saved)
         self.first_step = self.step
         self._batches, self._validation = _data(self.config)
+        self.trainer.train_dataloader = SimpleNamespace(batches=self._batches)
         if cuda:
             torch.cuda.synchronize()  # weights were made on another stream than the run's own
         self.metrics.on_train_start(self.trainer, self.module)
@@ -292,7 +293,7 @@ class Lane:
         print(f"{self.run.path}: continuing from step {saved['step']}", flush=True)
 
 
-def _trainer(config: TrainConfig, module: pl.LightningModule) -> Any:
+def _trainer(config: TrainConfig, module: pl.LightningModule, device: torch.device) -> Any:
     """What a LanguageModel and its callbacks ask of their trainer, on one device."""
     return SimpleNamespace(
         accumulate_grad_batches=config.trainer.accumulate,
@@ -302,7 +303,7 @@ def _trainer(config: TrainConfig, module: pl.LightningModule) -> Any:
         lightning_module=module,
         precision_plugin=SimpleNamespace(forward_context=nullcontext),
         state=SimpleNamespace(fn=TrainerFn.FITTING),
-        strategy=SimpleNamespace(reduce=lambda value, reduce_op: value),
+        strategy=SimpleNamespace(reduce=lambda value, reduce_op: value, root_device=device),
         world_size=1,
     )
 

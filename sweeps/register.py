@@ -24,7 +24,7 @@ from conf.sweep_stages import objectives_of
 if TYPE_CHECKING:
     from mlflow.tracking.client import MlflowClient
 
-    from sweeps.results import Measured, Results
+    from sweeps.reports.results import Measured, Results
 
 ALIAS = "best"
 FOLDER = "model"  # in the run's artifacts
@@ -57,9 +57,9 @@ def register(args: RegisterConfig) -> str:
     from lightning_modules.conversion.run import convert
     from lightning_modules.mlflow_store import connect
     from lightning_modules.run_dir import read_result
-    from sweeps.results import collect
-    from sweeps.studies import load_studies
-    from sweeps.study_dir import load
+    from sweeps.reports.results import collect
+    from sweeps.stores.studies import load_studies
+    from sweeps.stores.study_dir import load
 
     study_dir = Path(args.study)
     config = load(study_dir)
@@ -99,7 +99,7 @@ def register(args: RegisterConfig) -> str:
 
 def choose(results: "Results", args: RegisterConfig, config: SweepConfig) -> Choice:
     """The best finished model of a stage, or the trial asked for. Raises ValueError where there is none."""
-    from sweeps.results import describe, mitigation
+    from sweeps.reports.results import describe, mitigation
 
     models = [m for m in results.models if args.trial in (None, m.number)]
     if not models:

@@ -1,4 +1,4 @@
-"""What a run reports: loss, learning rate, gradient norm and speed every few steps, and each validation."""
+"""What a run reports every few steps: loss, gradients, speed, memory, place in the data; every validation."""
 
 import time
 from typing import Any
@@ -8,7 +8,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from conf.schema import TrainConfig
+from lightning_modules.callbacks.highest import highest
 from lightning_modules.language_model import LanguageModel
+from lightning_modules.memory import peak_bytes
+from lightning_modules.planning.peaks import model_flops_utilisation, peak_flops
 from lightning_modules.schedule import lr_factor
 from lightning_modules.tracking import Tracker
 
@@ -50,6 +53,7 @@ class LogMetrics(pl.Callback):
         self._mark = time.monotonic()
         self._step = self._logged_step = 0
         self._logged_seconds = 0.0
+        self.peak_flops: float | None = None  # of one device; None: unknown
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -67,6 +71,7 @@ class LogMetrics(pl.Callback):
         self.started = True
         self._step = self._logged_step = trainer.global_step
         self._logged_seconds = self.seconds
+        self.peak_flops = peak_flops(self.config, trainer.strategy.root_device)
         self._mark = time.monotonic()
 
     def on_train_batch_end(
@@ -77,7 +82,7 @@ class LogMetrics(pl.Callback):
             return  # between two micro-batches
         self._step = step
         self._count_time()
-        if step % self.config.trainer.log_every == 0 or step == self.config.trainer.max_steps:
+        if self.config.trainer.logs_at(step):
             self._log_training(trainer, step)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -107,4 +112,21 @@ class LogMetrics(pl.Callback):
             "train/lr": optim.lr * lr_factor(step - 1, optim, self.config.trainer.max_steps),
             "train/tokens": float(step * self.tokens_per_step),
         }
-        self.tracker.log_metrics({**self.last, "train/tokens_per_second": self.tokens_per_second}, step)
+        measured = {
+            "train/tokens_per_second": self.tokens_per_second,
+            # of the rank that has held most
+            "train/peak_memory_mib": highest(trainer, peak_bytes(trainer.strategy.root_device)) / 2**20,
+            **self.utilisation("train/mfu", self.tokens_per_second),
+        }
+        if not self.tracker.active:
+            return
+        gradients = {f"grad_norm/{group}": norm for group, norm in module.grad_norms.items()}
+        place: dict[str, float] = trainer.train_dataloader.batches.position(step)  # type: ignore[union-attr]
+        data = {f"data/{name}": value for name, value in place.items()}
+        self.tracker.log_metrics({**self.last, **gradients, **data, **measured}, step)
+
+    def utilisation(self, name: str, tokens_per_second: float) -> dict[str, float]:
+        """The share of all devices' peak that the model's FLOPs take, where that peak is known."""
+        if self.peak_flops is None:
+            return {}
+        return {name: model_flops_utilisation(self.config, tokens_per_second, self.peak_flops)}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from conf.load import from_dict, to_dict
 from conf.schema import TrainConfig
+from lightning_modules.callbacks.highest import highest
 from lightning_modules.checkpoints import (
     checkpoint_path,
     keep_stable,
@@ -56,7 +57,7 @@ class SaveCheckpoints(Checkpoint):
         self._unsettled: Path | None = None  # checkpoint that is perhaps still being written
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        first, last = -_highest(trainer, -self._step), _highest(trainer, self._step)
+        first, last = -highest(trainer, -self._step), highest(trainer, self._step)
         if first != last:  # each rank has looked for the newest checkpoint by itself
             raise RunError(
                 f"its ranks would go on from steps {first} to {last}: their nodes do not see the same files "
@@ -135,7 +136,7 @@ class SaveCheckpoints(Checkpoint):
 
     def _asked_to_end(self, trainer: pl.Trainer) -> int | None:
         """The signal that any rank received: all of them save together."""
-        return _highest(trainer, self.termination.signum or 0) or None
+        return highest(trainer, self.termination.signum or 0) or None
 
     def _save(self, trainer: pl.Trainer) -> None:
         assert trainer.lightning_module is not None
@@ -183,21 +184,13 @@ class SaveCheckpoints(Checkpoint):
             last = next(iter(list_checkpoints(self.folder)), None)
             needed = max(needed, 0 if last is None else last.stat().st_size)
             missing = max(0, needed - shutil.disk_usage(self.folder).free)
-        missing = _highest(trainer, missing)
+        missing = highest(trainer, missing)
         if missing:
             kept = next(iter(list_checkpoints(self.folder)), None)
             raise RunError(
                 f"{self.folder}: the disk lacks {missing / 2**20:,.1f} MiB for a checkpoint: free some and "
                 f"give the same command again; last good one: {kept}"
             )
-
-
-def _highest(trainer: pl.Trainer, value: int) -> int:
-    """The highest value of all ranks."""
-    if trainer.world_size == 1:
-        return value
-    tensor = torch.tensor(value, device=trainer.strategy.root_device)  # NCCL knows no other device
-    return int(trainer.strategy.reduce(tensor, reduce_op="max"))
 
 
 class AtomicCheckpointIO(CheckpointIO):

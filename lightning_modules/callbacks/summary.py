@@ -11,6 +11,7 @@ from rich.table import Table
 
 from conf.initial_state import InitialStateConfig
 from conf.schema import ModelConfig
+from lightning_modules.dtypes import require_fp32
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.mitigations import AnyMitigation
 from lightning_modules.optim import full_shape, parameter_groups
@@ -18,12 +19,16 @@ from lightning_modules.state import ModelState
 
 
 class PrintSummary(pl.Callback):
-    """Prints parameters, state size, and which parameters weight decay pulls on."""
+    """Prints parameters, state size, which parameters weight decay pulls on, and what the recurrence is
+    computed in. Raises RunError on every rank where that is not fp32."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
+        dtypes = require_fp32(pl_module.recurrence_dtypes())
         if trainer.is_global_zero:
-            Console(width=None if sys.stdout.isatty() else 160).print(summarize(pl_module))
+            table = summarize(pl_module)
+            table.add_row("dtypes", dtypes)
+            Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def summarize(module: LanguageModel) -> Table:

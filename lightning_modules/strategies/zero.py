@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from conf.schema import TrainConfig
 from lightning_modules.finite import GradientWatch
+from lightning_modules.gradient_norms import norms_by_group
 from lightning_modules.strategies.zero_states import ZeroStates, full_weights
 
 CPU_BUCKET = 5_000_000  # elements; DeepSpeed allocates a bucket at once, however small the model
@@ -61,6 +62,7 @@ class ZeroPrecision(DeepSpeedPrecision):
         if is_last:
             call._call_callback_hooks(model.trainer, "on_before_optimizer_step", optimizer)
             call._call_lightning_module_hook(model.trainer, "on_before_optimizer_step", optimizer)
+            strategy.note_gradient_groups()
         strategy.model.step()
         if is_last:
             strategy.note_gradients()
@@ -142,6 +144,17 @@ class ZeroStrategy(DeepSpeedStrategy):
         """The process ends, or validates with the same engine: nothing moves to the CPU."""
         assert self.accelerator is not None
         self.accelerator.teardown()
+
+    def note_gradient_groups(self) -> None:
+        """Tell the model the norms of its groups of parameters, if they are to be logged: before the step,
+        which lets go of gradients."""
+        module: Any = self.lightning_module
+        assert self.states is not None
+        if module.logs_this_step:
+            module.grad_norms = norms_by_group(self.states.gradients(), self._add_up)
+
+    def _add_up(self, values: Tensor) -> Tensor:
+        return self.reduce(values.to(self.root_device), reduce_op="sum")
 
     def note_gradients(self) -> None:
         """Tell the model the norm of the step just taken; it raises if that is not finite."""

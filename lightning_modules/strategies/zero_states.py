@@ -6,6 +6,7 @@ gathered one at a time and kept on rank 0 alone, in CPU memory.
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,22 @@ class ZeroStates:
         if self.sharded_parameters:
             return list(self.zero.fp32_partitioned_groups_flat)
         return list(self.zero.single_partition_of_fp32_groups)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's name and what this rank holds of its gradient, averaged over ranks: between the
+        backward pass and the step."""
+        for parameters, group in zip(self.groups, self.base.param_groups, strict=True):
+            for name, parameter in zip(group["param_names"], parameters, strict=True):
+                yield name, self._gradient(parameter)
+
+    def _gradient(self, parameter: Any) -> Tensor:
+        from deepspeed.utils import safe_get_local_grad
+
+        if self.sharded_parameters:
+            return safe_get_local_grad(parameter)
+        if parameter._hp_mapping is None:  # all of it belongs to other ranks
+            return torch.empty(0, device=parameter.device)
+        return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
 
     def gather(self, keep: bool) -> dict[str, Any]:
         """AdamW's state_dict; all ranks call this together, those that do not `keep` it get it empty."""

@@ -12,6 +12,9 @@ from data.batches import Batch, BatchLoader, TrainBatches, TrainLoader, Validati
 class Numbered:
     """Samples that hold their own index; the seed is kept for the asking."""
 
+    def position(self, length: int, index: int, seed: Sequence[int]) -> dict[str, float]:
+        return {"row": index, "tokens": length}
+
     def sample(self, length: int, indices: Sequence[int], seed: Sequence[int]) -> Batch:
         ids = torch.tensor(list(indices))[:, None].expand(-1, length).clone()
         return {

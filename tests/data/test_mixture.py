@@ -22,6 +22,9 @@ class Numbers:
         rows = torch.as_tensor(np.asarray(indices))[:, None].expand(-1, length)
         return {"ids": rows.clone(), "source": torch.full_like(rows, seed[-1])}
 
+    def position(self, length: int, index: int, seed: Sequence[int]) -> dict[str, float]:
+        return {"row": index, "seed": seed[-1]}
+
 
 @settings(max_examples=60, deadline=None)
 @given(weights_strategy)
@@ -45,6 +48,8 @@ def test_rows_are_a_function_of_their_index_and_read_each_source_in_order(
     batch = mixture.sample(4, [at + 5, at], (7, 0))
     alone = [mixture.sample(4, [i], (7, 0)) for i in (at + 5, at)]
     assert all(torch.equal(batch[name], torch.cat([row[name] for row in alone])) for name in batch)
+    source, row = batch["source"][1, 0].item(), batch["ids"][1, 0].item()
+    assert mixture.position(4, at, (7, 0)) == {"source": source, "row": row, "seed": source}
 
 
 @settings(max_examples=40, deadline=None)

@@ -172,16 +172,46 @@ def test_four_ranks_train_as_one(tmp_path: Path, further: list[str]) -> None:
     assert_equal_runs(tmp_path / "one", tmp_path / "mixed")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_x_context_trains_as_one_rank(tmp_path: Path, stage: int) -> None:
+ONE_STEP = [*PACKED, "trainer.max_steps=1", "trainer.segment_length=6", "optim.grad_clip=0"]
+MESHES = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]  # ranks, and how many of them share a row
+
+
+def gradients(run_dir: Path) -> list[torch.Tensor]:
+    """Of the first step: AdamW's first moment, which has taken a tenth of each."""
+    saved = contents(run_dir, 1)["optimizer_states"][0]
+    assert {group["betas"][0] for group in saved["param_groups"]} == {0.9}
+    return [saved["state"][index]["exp_avg"] * 10 for index in sorted(saved["state"])]
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One step of one plain process."""
+    run_dir = tmp_path_factory.mktemp("one_step") / "one"
+    output = run_dir.with_suffix(".txt")
+    assert train([*ONE_STEP, f"run_dir={run_dir}"], output) == 0, output.read_text()
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "size"),
+    [
+        pytest.param(stage, *mesh, marks=[] if (stage, *mesh) == (2, 4, 2) else pytest.mark.slow)
+        for stage in (1, 2, 3)
+        for mesh in MESHES
+    ],
+)
+def test_gradients_of_zero_x_context_are_those_of_one_process(
+    tmp_path: Path, one_step: Path, stage: int, ranks: int, size: int
+) -> None:
     """DeepSpeed shards over all ranks of the mesh, context ranks included."""
-    zero = ["trainer.strategy=deepspeed", f"deepspeed.stage={stage}", "trainer.segment_length=10"]
-    assert train([*PACKED, f"run_dir={tmp_path}/one"], tmp_path / "output.txt") == 0
-    for ranks in (2, 4):
-        run_dir = tmp_path / str(ranks)
-        train_sharded(run_dir, ranks, [*PACKED, *zero, "trainer.context_parallel=2"])
-        assert_equal_runs(tmp_path / "one", run_dir)
+    zero = ["trainer.strategy=deepspeed", f"deepspeed.stage={stage}", f"trainer.context_parallel={size}"]
+    train_sharded(tmp_path / "run", ranks, [*ONE_STEP, *zero])
+    expected, actual = gradients(one_step), gradients(tmp_path / "run")
+    assert len(expected) == len(actual) == 20
+    for index, (own, one) in enumerate(zip(actual, expected, strict=True)):
+        assert one.norm() > 0
+        assert (own - one).norm() <= 1e-5 * one.norm(), index
+    assert_equal_runs(one_step, tmp_path / "run", step=1)
 
 
 NAME = "trainer.context_parallel=2"

@@ -9,7 +9,7 @@ from conf.schema import OptimConfig
 from lightning_modules.checkpoints import checkpoint_path, read_checkpoint
 from lightning_modules.schedule import lr_factor, stable_steps
 from tests.lightning_modules.launcher import train
-from tests.lightning_modules.test_resume import SETTINGS, assert_equal
+from tests.lightning_modules.test_resume import SETTINGS, TIMINGS, assert_equal
 
 OFF = "tracking.enabled=false"
 
@@ -24,7 +24,7 @@ def points(run_dir: Path) -> dict[tuple[str, int], float]:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     flat = [(key, record["step"], value) for record in records for key, value in record["metrics"].items()]
     assert len({(key, step) for key, step, _ in flat}) == len(flat), "a point twice"
-    return {(key, step): value for key, step, value in flat if "per_second" not in key}
+    return {(key, step): value for key, step, value in flat if key not in TIMINGS}
 
 
 def test_continued_run_is_bit_identical_and_another_config_is_refused(tmp_path):

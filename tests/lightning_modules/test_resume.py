@@ -25,7 +25,7 @@ CONSECUTIVE = [
     *("data.curriculum_length=null", "data.curriculum_steps=0"),
 ]
 CARRIED = ["initial_state.name=carried", "initial_state.bptt_segments=3"]
-TIMINGS = {"train/tokens_per_second", "tokens_per_second", "peak_memory_mib"}
+TIMINGS = {"train/tokens_per_second", "tokens_per_second", "train/peak_memory_mib", "peak_memory_mib"}
 
 
 def read_result(run_dir: Path) -> dict[str, float]:

@@ -117,6 +117,13 @@ def test_every_parameter_is_accumulated_once(model: Mamba2LM, tokens: dict[str, 
     assert counts == dict.fromkeys(dict(model.named_parameters()), 1)
 
 
+def test_all_segments_but_the_last_are_read_twice(model: Mamba2LM, tokens: dict[str, Tensor]) -> None:
+    lengths: list[int] = []
+    model.backbone.layers[0].register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    segmented_losses(model, **tokens, length=20)[0].sum().backward()
+    assert lengths == [20, 20, 20, 10, 20, 20, 20]
+
+
 MEASURE = """
 import sys, torch
 from conf.schema import ModelConfig

@@ -8,7 +8,7 @@ import pytest
 from conf.load import parse
 from conf.sweep_schema import RegisterConfig, SweepConfig
 from sweeps.register import choose
-from sweeps.results import Measured, Mended, Results, Share
+from sweeps.reports.results import Measured, Mended, Results, Share
 
 
 def measured(number: int, value: float, held: float = 0.0, **further: Any) -> Measured:
