@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from conf.bench import bench_mitigations
 from conf.diagnosis import ProbeConfig, ThresholdsConfig
+from conf.documents import DocumentsConfig
 from conf.fields import option, require, require_at_least, section
 from conf.initial_state import InitialStateConfig
 from conf.mitigation import MitigationConfig
 from conf.passkey import NEEDLE, OPENING, QUESTION
 from conf.suites import PerplexityConfig, TaskSuitesConfig, TextConfig
-from conf.tasks import TASKS, TasksConfig
+from conf.tasks import IN_TEXT, TASKS, TasksConfig
 from conf.zero import DeepSpeedConfig
 
 REFUSED_IN_CONTEXT = {  # mitigations under which a sequence cannot be sharded over ranks
@@ -117,24 +118,6 @@ class PasskeyConfig:
 
 
 @dataclass(kw_only=True)
-class DocumentsConfig:
-    """Long documents, through Hugging Face datasets."""
-
-    source: str | None = option(
-        None, "file, folder or glob (.txt .py .md .jsonl .parquet) or a hub name; none: Python's own sources"
-    )
-    subset: str | None = option(None, "configuration of a hub dataset, where it has several")
-    split: str = option("train", "split of a hub dataset")
-    text_field: str = option("text", "field that holds the text in jsonl, parquet and hub datasets")
-    min_tokens: int = option(1, "documents shorter than this are dropped")
-    max_tokens: int | None = option(None, "read no more of the source than this many tokens; none: all")
-    layout: Literal["packed", "consecutive"] = option(
-        "packed", "packed: document starts reset the state; consecutive: each row continues in the next batch"
-    )
-    val_fraction: float = option(0.05, "share of the documents held out for validation")
-
-
-@dataclass(kw_only=True)
 class DataConfig:
     """What the model reads."""
 
@@ -160,15 +143,13 @@ class DataConfig:
         require_at_least("data.passkey", self.passkey, 0, "filler_weight")
         if self.tokenizer == "bytes":
             self.require_passkey_fits(self.passkey.fixed_bytes)
-        require_at_least("data.documents", self.documents, 1, "min_tokens")
-        if self.documents.max_tokens is not None:
-            require_at_least("data.documents", self.documents, 1, "max_tokens")
-        require(
-            0 < self.documents.val_fraction < 1,
-            "data.documents.val_fraction",
-            self.documents.val_fraction,
-            "must lie between 0 and 1, e.g. 0.05",
-        )
+        if self.name in IN_TEXT:
+            remedy = f"data.name={self.name} hides its needles in one text read whole: leave it out"
+            require(not self.documents.streaming, "data.documents.streaming", "true", remedy)
+            require(not self.documents.mixture, "data.documents.mixture", "[...]", remedy)
+        workers = self.num_workers if self.documents.streaming and self.name == "documents" else 0
+        remedy = "data.documents.streaming reads rows in order, in at most 1 process a rank"
+        require(workers <= 1, "data.num_workers", workers, remedy)
         if self.curriculum_length is None:
             require(
                 self.curriculum_steps == 0,

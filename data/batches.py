@@ -58,6 +58,7 @@ class TrainBatches(Dataset[Batch]):
     """The micro-batches of one rank: item k is micro-batch k % accumulate of optimizer step k // accumulate.
 
     rank, world_size: among the data ranks, which read different rows. piece: of these rows.
+    stages_begin_anew: count samples from the step at which their length came: for rows only read in order.
 
     Step s consumes samples [s * batch_size, (s + 1) * batch_size) of `length` tokens. During the first
     `curriculum_steps` it consumes as many tokens in shorter samples. Ranks and micro-batches take contiguous
@@ -75,6 +76,7 @@ class TrainBatches(Dataset[Batch]):
     rank: int
     world_size: int
     piece: Piece = Piece()
+    stages_begin_anew: bool = False
 
     def __len__(self) -> int:
         return self.max_steps * self.accumulate
@@ -84,7 +86,7 @@ class TrainBatches(Dataset[Batch]):
         length, stage_start = self._stage(step)
         rows = self.batch_size * self.length // length
         size = rows // (self.accumulate * self.world_size)
-        first = step * rows + (part * self.world_size + self.rank) * size
+        first = self._counted(step, stage_start) * rows + (part * self.world_size + self.rank) * size
         batch = self.source.sample(length, range(first, first + size), (self.seed, TRAINING, length))
         if "document_starts" in batch and step == stage_start:
             batch["document_starts"][:, 0] = (
@@ -95,9 +97,13 @@ class TrainBatches(Dataset[Batch]):
     def position(self, steps: int) -> dict[str, float]:
         """Where the data stand after so many steps: the first sample of the next, counted at its length, and
         where that lies."""
-        length, _ = self._stage(steps)
-        sample = steps * (self.batch_size * self.length // length)
+        length, stage_start = self._stage(steps)
+        sample = self._counted(steps, stage_start) * (self.batch_size * self.length // length)
         return {"sample": sample, **self.source.position(length, sample, (self.seed, TRAINING, length))}
+
+    def _counted(self, step: int, stage_start: int) -> int:
+        """Steps whose samples come before those of `step`."""
+        return step - stage_start if self.stages_begin_anew else step
 
     def _stage(self, step: int) -> tuple[int, int]:
         """The length of a step's samples, and the first step of that length."""

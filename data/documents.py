@@ -39,9 +39,9 @@ class PackedDocuments:
         """Where rows begin on the ring."""
         n_rows = max(1, len(self.stream) // length)
         epoch, index = np.divmod(np.asarray(indices, np.int64), n_rows)
-        key = mix_words(_key(seed) + epoch.astype(np.uint64))
+        key = mix_words(hash_seed(seed) + epoch.astype(np.uint64))
         first = (key % np.uint64(length)).astype(np.int64)
-        return first + _permute(index, n_rows, key) * length
+        return first + permute(index, n_rows, key) * length
 
 
 class ConsecutiveDocuments:
@@ -68,7 +68,7 @@ class ConsecutiveDocuments:
         rows = self.tokens_per_step // length
         step, row = np.divmod(np.asarray(indices, np.int64), rows)
         size = len(self.stream)
-        origin = int(_key(seed)[0] % np.uint64(size))
+        origin = int(hash_seed(seed)[0] % np.uint64(size))
         return (origin + row * size // rows + step * length) % size
 
 
@@ -80,19 +80,26 @@ def _document_of(stream: TokenStream, firsts: Ints) -> dict[str, float]:
 def _cut_rows(stream: TokenStream, firsts: Ints, length: int) -> Batch:
     """Rows of the ring that begin at positions `firsts` (n,)."""
     positions = firsts[:, None] + np.arange(-1, length + 1)
-    tokens = stream.take(positions)
     # The ring's first token starts a document too: the one before it may be the end of a cut document.
-    starts = (tokens[:, :-1] == stream.eos_id) | (positions[:, 1:] % len(stream) == 0)
+    return cut_rows(stream.take(positions), stream.eos_id, positions[:, 1:] % len(stream) == 0)
+
+
+def cut_rows(tokens: Ints, eos_id: int, also_starts: NDArray[np.bool_] | bool = False) -> Batch:
+    """Rows from their tokens (n, 1 + length + 1): the token before each, its own, and the one behind it.
+
+    also_starts: further tokens, all but the first, that start a document.
+    """
+    starts = (tokens[:, :-1] == eos_id) | also_starts
     return {
         "ids": torch.from_numpy(tokens[:, 1:-1].copy()),
         "targets": torch.from_numpy(tokens[:, 2:].copy()),
         "loss_weight": torch.from_numpy(np.where(starts[:, 1:], np.float32(0), np.float32(1))),
-        "answer": torch.zeros(len(firsts), length, dtype=torch.bool),
+        "answer": torch.zeros(len(tokens), tokens.shape[1] - 2, dtype=torch.bool),
         "document_starts": torch.from_numpy(starts[:, :-1].copy()),
     }
 
 
-def _key(seed: Sequence[int]) -> Words:
+def hash_seed(seed: Sequence[int]) -> Words:
     """64 random bits from a seed, (1,)."""
     return np.random.SeedSequence(list(seed)).generate_state(1, np.uint64).astype(np.uint64)
 
@@ -104,7 +111,7 @@ def mix_words(x: Words) -> Words:
     return x ^ (x >> np.uint64(31))
 
 
-def _permute(index: Ints, size: int, key: Words) -> Ints:
+def permute(index: Ints, size: int, key: Words) -> Ints:
     """Where a random permutation of [0, size) sends `index` (n,); `key` (n,) chooses the permutation.
 
     A Feistel network permutes the next power of four without a table, so memory does not grow with the

@@ -3,14 +3,12 @@
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
 
 from conf.schema import TrainConfig, require
 from conf.tasks import IN_TEXT
 from data.batches import BatchLoader, Piece, Source, TrainBatches, TrainLoader, ValidationBatches
-from data.documents import ConsecutiveDocuments, PackedDocuments
-from data.sources import Corpus, locate
-from data.store import TokenStore, TokenStream, build_store, locate_store
+from data.opened import Documents
+from data.store import Stream
 from data.tasks.registry import build_source
 from data.tokenizers import Tokenizer, load_tokenizer
 
@@ -39,39 +37,32 @@ class TokenDataModule(pl.LightningDataModule):
             config.model.vocab_size,
             f"data.tokenizer={config.data.tokenizer} needs at least {self.tokenizer.vocab_size}",
         )
-        self._corpus: Corpus | None = None
-        self._store: TokenStore | None = None
+        self._documents: Documents | None = None
+        self._prepared = False
         self._train: Source | None = None
         self._validation: Source | None = None
         if config.data.name in ("documents", *IN_TEXT):
-            self._corpus = locate(config.data.documents)
+            self._documents = Documents(config.data, self.tokenizer)
         else:
             self._train = self._validation = self._task()
 
     def prepare_data(self) -> None:
         """Tokenise the documents, once for all runs that read them. Called in one process per node."""
-        if self._corpus is not None:
-            if not locate_store(self._corpus, self.tokenizer).exists():
-                rank_zero_info(f"tokenising documents into {locate_store(self._corpus, self.tokenizer)}")
-            meta = build_store(self._corpus, self.tokenizer).meta
-            rank_zero_info(
-                f"{meta['documents']:,} documents, {meta['tokens']:,} tokens; left out: "
-                f"{meta['shorter_than_min_tokens']:,} below min_tokens, {meta['files_not_utf8']:,} not UTF-8"
-            )
+        if self._documents is not None:
+            for line in self._documents.prepare():
+                if not self._prepared and (self.trainer is None or self.trainer.is_global_zero):
+                    print(line, flush=True)
+            self._prepared = True
 
     def setup(self, stage: str) -> None:
         """Open the documents in every process."""
-        if self._corpus is not None:
-            data = self.config.data
-            self._store = build_store(self._corpus, self.tokenizer)
-            train, validation = self._store.split(data.documents.val_fraction)
-            if data.name != "documents":
-                self._train, self._validation = self._task(train), self._task(validation)
-            elif data.documents.layout == "consecutive":
-                self._train = ConsecutiveDocuments(train, data.batch_size * data.train_length)
-                self._validation = PackedDocuments(validation)
-            else:
-                self._train, self._validation = PackedDocuments(train), PackedDocuments(validation)
+        documents = self._documents
+        if documents is None:
+            return
+        if self.config.data.name == "documents":
+            self._train, self._validation = documents.train(), documents.validation()
+        else:
+            self._train, self._validation = map(self._task, documents.texts())
 
     def train_dataloader(self) -> TrainLoader:
         assert self.trainer is not None
@@ -86,13 +77,14 @@ class TokenDataModule(pl.LightningDataModule):
             accumulate=self.config.trainer.accumulate,
             curriculum_length=data.curriculum_length,
             curriculum_steps=data.curriculum_steps,
+            stages_begin_anew=self._documents is not None and data.documents.streaming,
             **self._share(trainer.global_rank),
         )
         _align_batch_progress(trainer, batches)
         return TrainLoader(
             batches,
             steps_done=lambda: trainer.global_step,
-            content="" if self._store is None else self._store.content,
+            content="" if self._documents is None else self._documents.content,
             num_workers=data.num_workers,
             pin_memory=_uses_cuda(trainer),
         )
@@ -110,7 +102,7 @@ class TokenDataModule(pl.LightningDataModule):
         )
         return BatchLoader(batches, pin_memory=_uses_cuda(trainer))  # no workers: starting them costs more
 
-    def _task(self, text: TokenStream | None = None) -> Source:
+    def _task(self, text: Stream | None = None) -> Source:
         return build_source(self.config.data, self.tokenizer, text)
 
     def _share(self, global_rank: int) -> dict[str, Any]:

@@ -1,14 +1,17 @@
-"""Documents tokenised once into one flat file, then memory-mapped: reading needs no memory, at any size.
+"""Documents tokenised once into one Arrow file, then memory-mapped: reading needs no memory, at any size.
 
 A store is a folder below Hugging Face's datasets cache, shared by all runs that read the same corpus:
 
-    tokens.bin    every document followed by one end-of-text token
-    ends.npy      (n,) where each document ends in tokens.bin
+    tokens.arrow  a row a document, its tokens followed by one end-of-text token
+    ends.npy      (n,) where each document ends among all tokens
     hashes.npy    (n,) 64-bit hash of each document's text, ascending
     meta.json     counts, dtype, and a hash of the content
 
 Documents lie in the order of their hashes. That shuffles them, whatever order they came in, and makes the
 validation split a prefix: a document and its exact copies always fall on the same side.
+
+Building needs memory for about 70 bytes a document kept, and disk for its tokens twice. Beside the store lies
+`NAME.partial` while it is built: a build that is killed goes on from there (data/parts.py).
 """
 
 import contextlib
@@ -16,9 +19,8 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
-from array import array
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,12 +29,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.arrow import ArrowTokens, write_arrow
+from data.parts import COUNTS, Part, PartMaker, make_parts
 from data.sources import Corpus
 from data.tokenizers import Tokenizer
 
-FORMAT = 1  # of the folder; a change makes new stores
-PIECE = 2**20  # characters tokenised at once: bounds memory on huge documents
-GROUP = 2**23  # characters tokenised in one parallel call
+FORMAT = 2  # of the folder; a change makes new stores
+PIECE_BYTES = 2**25  # of text, tokenised by one process at a time; what a kill loses
+MOST_PIECES = 500  # all of a store's parts are open at once
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class TokenStream:
         return self.stop - self.start
 
     @cached_property
-    def _tokens(self) -> NDArray[Any]:
-        return np.memmap(self.folder / "tokens.bin", self.dtype, mode="r")[self.start : self.stop]
+    def _tokens(self) -> ArrowTokens:
+        return ArrowTokens(self.folder / "tokens.arrow", self.dtype)
 
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
@@ -71,13 +75,58 @@ class TokenStream:
 
     def take(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens at any integer positions, int64 of their shape."""
-        return self._tokens.take(positions, mode="wrap").astype(np.int64)
+        return self._tokens.take(self.start + positions % len(self)).astype(np.int64)
 
     def locate(self, position: int) -> tuple[int, int]:
         """(document, token of it) at a position: documents as the store counts them, both from 0."""
         place = self.start + position % len(self)
         document = int(np.searchsorted(self._ends, place, side="right"))
         return document, place - (int(self._ends[document - 1]) if document else 0)
+
+
+@dataclass(frozen=True)
+class JoinedStreams:
+    """Several streams read as one, with the same methods and borders."""
+
+    parts: tuple[TokenStream, ...]
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, streams: Sequence[TokenStream]) -> "JoinedStreams | TokenStream":
+        return streams[0] if len(streams) == 1 else cls(tuple(streams), 0, sum(map(len, streams)))
+
+    @property
+    def eos_id(self) -> int:
+        return self.parts[0].eos_id
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def documents(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """As `TokenStream.documents`."""
+        found, first = [], 0
+        for part in self.parts:
+            starts, sizes = part.documents()
+            found.append((starts + first, sizes))
+            first += len(part)
+        starts, sizes = (np.concatenate(column) for column in zip(*found, strict=True))
+        whole = (starts >= self.start) & (starts + sizes < self.stop)
+        return starts[whole] - self.start, sizes[whole]
+
+    def take(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """As `TokenStream.take`."""
+        positions = self.start + positions % len(self)
+        tokens = np.empty_like(positions)
+        first = 0
+        for part in self.parts:
+            mine = (positions >= first) & (positions < first + len(part))
+            tokens[mine] = part.take(positions[mine] - first)
+            first += len(part)
+        return tokens
+
+
+Stream = TokenStream | JoinedStreams
 
 
 @dataclass(frozen=True)
@@ -113,130 +162,151 @@ class TokenStore:
         return TokenStream(self.folder, dtype, eos_id, cut, int(ends[-1])), validation
 
 
-def locate_store(corpus: Corpus, tokenizer: Tokenizer) -> Path:
-    """The folder of the corpus' store, whether it exists or not."""
+def cache_folder() -> Path:
+    """Where all runs keep what they tokenised."""
     from datasets import config
 
-    limits = [corpus.config.min_tokens, corpus.config.max_tokens]
-    key = json.dumps([FORMAT, corpus.identity(), limits, tokenizer.fingerprint])
-    return Path(config.HF_DATASETS_CACHE) / "longstate" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    return Path(config.HF_DATASETS_CACHE) / "longstate"
 
 
-def build_store(corpus: Corpus, tokenizer: Tokenizer) -> TokenStore:
+def locate_store(corpus: Corpus, tokenizer: Tokenizer, held_out: bool = False) -> Path:
+    """The folder of the corpus' store, whether it exists or not."""
+    config = corpus.config
+    limits = [config.min_tokens, config.max_document_tokens, config.deduplicate, config.max_tokens]
+    side = config.val_fraction if held_out else None
+    key = json.dumps([FORMAT, corpus.identity(), limits, side, tokenizer.fingerprint])
+    return cache_folder() / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+def build_store(corpus: Corpus, tokenizer: Tokenizer, held_out: bool = False) -> TokenStore:
     """Open the corpus' store; tokenise the corpus first if no run has done so yet.
 
-    Concurrent callers wait for the first one. A killed build leaves no store, only a scratch folder.
+    held_out: a store of the documents of validation alone; none of the others is tokenised.
+
+    Concurrent callers wait for the first one. A killed build leaves no store: the next one finishes it.
 
     Raises:
-        ValueError: the corpus has no document of at least min_tokens, or the store cannot be written.
+        ValueError: no document of the corpus passes the filters, or the store cannot be written.
     """
-    folder = locate_store(corpus, tokenizer)
+    folder = locate_store(corpus, tokenizer, held_out)
     if not (folder / "meta.json").is_file():
-        with _writable(folder.parent), _lock(folder.with_suffix(".lock")):
+        with writable(folder.parent), _lock(folder.with_suffix(".lock")):
             if not (folder / "meta.json").is_file():
-                with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                    _write(Path(scratch, "store"), corpus, tokenizer)
-                    _publish(Path(scratch, "store"), folder)
+                scratch = folder.with_suffix(".partial")
+                scratch.mkdir(exist_ok=True)
+                _write(scratch, corpus, tokenizer, held_out)
+                _publish(scratch / "store", folder)
+                shutil.rmtree(scratch, ignore_errors=True)
     return TokenStore(folder, json.loads((folder / "meta.json").read_text()))
 
 
-def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
-    folder.mkdir()
-    dtype = np.min_scalar_type(max(tokenizer.vocab_size - 1, tokenizer.eos_id))
-    starts, stops, hashes = array("q"), array("q"), array("Q")  # 8 bytes a number, unlike a list
-    start = position = tokens = shorter = 0
-    unsorted = folder / "unsorted.bin"
-    with open(unsorted, "wb") as file:
-        for ids, text_hash in _tokenise(corpus.texts(), tokenizer):
-            ids.astype(dtype).tofile(file)
-            position += len(ids)
-            if text_hash is None:
-                continue
-            if position - start < corpus.config.min_tokens:
-                shorter += 1
-                start = position  # no document claims what was written
-                continue
-            np.array([tokenizer.eos_id], dtype).tofile(file)
-            position += 1
-            starts.append(start)
-            stops.append(position)
-            hashes.append(text_hash)
-            tokens += position - start
-            start = position
-            if corpus.config.max_tokens is not None and tokens >= corpus.config.max_tokens:
-                break
-    if not hashes:
-        raise ValueError(
-            f"data.documents.source={corpus.config.source}: {shorter} documents, none of at least "
-            f"data.documents.min_tokens={corpus.config.min_tokens} tokens; lower it or name another source"
+def kept_line(corpus: Corpus, store: TokenStore) -> str:
+    """What the filters have kept of a corpus, for people."""
+    meta, config = store.meta, corpus.config
+    read, read_tokens = meta["documents_read"], meta["tokens_read"]
+    limits = [f"{meta['shorter']:,} below min_tokens={config.min_tokens:,}"]
+    if config.max_document_tokens is not None:
+        limits.append(f"{meta['longer']:,} above max_document_tokens={config.max_document_tokens:,}")
+    if config.deduplicate:
+        limits.append(f"{meta['duplicates']:,} duplicates")
+    if meta["beyond"]:
+        limits.append(f"{meta['beyond']:,} beyond max_tokens={config.max_tokens:,}")
+    return (
+        f"{corpus.name}: kept {meta['documents']:,} of {read:,} documents ({meta['documents'] / read:.1%}), "
+        f"{meta['tokens']:,} tokens ({(meta['tokens'] - meta['documents']) / read_tokens:.1%}); left out: "
+        f"{', '.join(limits)}, {meta['not_utf8']:,} files not UTF-8"
+    )
+
+
+def _write(scratch: Path, corpus: Corpus, tokenizer: Tokenizer, held_out: bool) -> None:
+    config = corpus.config
+    maker = PartMaker(corpus, tokenizer, scratch, held_out)
+    size = max(PIECE_BYTES, corpus.size // MOST_PIECES)
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.cpu_count() or 1)
+    parts: list[Part] = []
+    tokens = 0
+    for part in make_parts(maker, corpus.pieces(size), config.processes or cores):
+        parts.append(part)
+        tokens += int((part.stops - part.starts).sum())
+        if config.max_tokens is not None and tokens >= config.max_tokens:
+            break
+    counts = {name: sum(part.counts[name] for part in parts) for name in COUNTS}
+    which = np.repeat(np.arange(len(parts)), [len(part.starts) for part in parts])
+    starts, lengths, hashes = (
+        np.concatenate([np.zeros(0, dtype), *(get(part) for part in parts)])
+        for dtype, get in (
+            (np.int64, lambda part: part.starts),
+            (np.int64, lambda part: part.stops - part.starts),
+            (np.uint64, lambda part: part.hashes),
         )
-    order = np.argsort(np.asarray(hashes), kind="stable")
-    with open(unsorted, "rb") as source, open(folder / "tokens.bin", "wb") as file:
-        for i in order.tolist():
-            source.seek(starts[i] * dtype.itemsize)
-            file.write(source.read((stops[i] - starts[i]) * dtype.itemsize))
-    unsorted.unlink()
-    ends = np.cumsum((np.asarray(stops) - np.asarray(starts))[order])
-    sorted_hashes = np.asarray(hashes)[order]
-    np.save(folder / "ends.npy", ends)
-    np.save(folder / "hashes.npy", sorted_hashes)
-    content = hashlib.sha256(sorted_hashes.tobytes() + ends.tobytes() + tokenizer.fingerprint.encode())
+    )
+    keep = np.arange(len(hashes))
+    if config.max_tokens is not None:
+        keep = keep[: np.searchsorted(np.cumsum(lengths), config.max_tokens) + 1]
+    within = len(keep)
+    if config.deduplicate:
+        same = np.concatenate([part.same for part in parts])[keep]
+        keep = np.sort(np.unique(same, return_index=True)[1])  # the first of each, as they came
+    if not len(keep):
+        raise ValueError(_nothing_kept(corpus, counts, held_out))
+    keep = keep[np.argsort(hashes[keep], kind="stable")]
+    hashes, ends = hashes[keep], np.cumsum(lengths[keep])
+    store = scratch / "store"
+    shutil.rmtree(store, ignore_errors=True)
+    store.mkdir()
+    places = zip(which[keep].tolist(), starts[keep].tolist(), lengths[keep].tolist(), strict=True)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(part.path.with_suffix(".bin"), "rb")) for part in parts]
+        write_arrow(store / "tokens.arrow", _gather(files, places, maker.dtype), maker.dtype)
+    np.save(store / "ends.npy", ends)
+    np.save(store / "hashes.npy", hashes)
+    content = hashlib.sha256(hashes.tobytes() + ends.tobytes() + tokenizer.fingerprint.encode())
     meta = {
         "documents": len(hashes),
-        "tokens": tokens,
-        "shorter_than_min_tokens": shorter,
-        "files_not_utf8": len(corpus.not_utf8),
-        "dtype": dtype.name,
+        "tokens": int(ends[-1]),
+        "documents_read": counts["documents"],
+        "tokens_read": counts["tokens"],
+        "shorter": counts["shorter"],
+        "longer": counts["longer"],
+        "duplicates": within - len(keep),
+        "beyond": len(which) - within,
+        "not_utf8": counts["not_utf8"],
+        "dtype": maker.dtype.name,
         "eos_id": tokenizer.eos_id,
         "content": content.hexdigest(),
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    (store / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def _tokenise(texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[tuple[NDArray[np.int64], int | None]]:
-    """Tokens of every text, piece after piece; with its last piece the 64-bit hash of the text, else None."""
-    pieces = ((piece, text_hash) for text in texts for piece, text_hash in _cut(text))
-    for group in _group(pieces):
-        encoded = tokenizer.encode_batch([piece for piece, _ in group])
-        yield from zip(encoded, (text_hash for _, text_hash in group), strict=True)
+def _gather(
+    files: list[Any], places: Iterator[tuple[int, int, int]], dtype: np.dtype[Any]
+) -> Iterator[NDArray[Any]]:
+    for which, start, length in places:
+        files[which].seek(start * dtype.itemsize)
+        yield np.frombuffer(files[which].read(length * dtype.itemsize), dtype)
 
 
-def _cut(text: str) -> Iterator[tuple[str, int | None]]:
-    """Pieces of at most PIECE characters, cut at a line's end where there is one; the last with the hash."""
-    digest = hashlib.blake2b(digest_size=8)
-    start = 0
-    while start < len(text):
-        stop = len(text)
-        if stop - start > PIECE:
-            stop = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
-        piece = text[start:stop]
-        digest.update(piece.encode("utf-8", errors="replace"))
-        start = stop
-        yield piece, int.from_bytes(digest.digest(), "big") if stop == len(text) else None
-
-
-def _group(pieces: Iterable[tuple[str, int | None]]) -> Iterator[list[tuple[str, int | None]]]:
-    """Pieces in lists of about GROUP characters."""
-    group, size = [], 0
-    for piece in pieces:
-        group.append(piece)
-        size += len(piece[0])
-        if size >= GROUP:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+def _nothing_kept(corpus: Corpus, counts: dict[str, int], held_out: bool) -> str:
+    config = corpus.config
+    limits = f"of at least data.documents.min_tokens={config.min_tokens} tokens"
+    remedy = "lower it or name another source"
+    if config.max_document_tokens is not None:
+        limits += f" and at most data.documents.max_document_tokens={config.max_document_tokens}"
+        remedy = "widen the limits or name another source"
+    if held_out:
+        limits += f" that data.documents.val_fraction={config.val_fraction} holds out"
+    return f"data.documents.source={config.source}: {counts['documents']} documents, none {limits}; {remedy}"
 
 
 @contextlib.contextmanager
-def _writable(folder: Path) -> Iterator[None]:
+def writable(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise ValueError(
-            f"data.documents: cannot write the token cache {folder} ({error}); "
-            "set HF_DATASETS_CACHE to a writable folder with space"
+            f"data.documents: cannot write the token cache {folder} ({error}); make room, or set "
+            "HF_DATASETS_CACHE to a writable folder with space; what is tokenised is kept"
         ) from None
 
 
@@ -244,7 +314,7 @@ def _writable(folder: Path) -> Iterator[None]:
 def _lock(path: Path) -> Iterator[None]:
     """Held by one process at a time; the system releases it when that process dies."""
     with open(path, "w") as file:
-        # A file system without locks costs a second build at worst: publishing is atomic.
+        # A file system without locks: two builds can stop each other, yet what is published is whole.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

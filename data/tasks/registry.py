@@ -7,7 +7,7 @@ from conf.schema import DataConfig
 from conf.tasks import IN_TEXT, SYMBOLS
 from data.batches import Source
 from data.passkey import PasskeyTask
-from data.store import TokenStream
+from data.store import Stream
 from data.tasks.facts import FactsTask
 from data.tasks.lists import CommonWords, FrequentWords, MultiKey
 from data.tasks.needles import ManyPasskeys, OverwrittenPasskey, RecentPasskey, SingleNeedle
@@ -18,7 +18,7 @@ from data.tasks.tracking import VariableTracking
 from data.tokenizers import Tokenizer
 
 
-def build_task(name: str, data: DataConfig, tokenizer: Tokenizer, text: TokenStream | None = None) -> Task:
+def build_task(name: str, data: DataConfig, tokenizer: Tokenizer, text: Stream | None = None) -> Task:
     """The task `name` of `conf.tasks.TASKS`, as `data.tasks` has it.
 
     text: documents in which the tasks of `IN_TEXT` hide their needles.
@@ -58,7 +58,7 @@ def build_task(name: str, data: DataConfig, tokenizer: Tokenizer, text: TokenStr
     raise AssertionError(name)
 
 
-def build_source(data: DataConfig, tokenizer: Tokenizer, text: TokenStream | None = None) -> Source:
+def build_source(data: DataConfig, tokenizer: Tokenizer, text: Stream | None = None) -> Source:
     """Samples of the task `data.name`, which is not documents. Raises ValueError as `build_task`, and where
     data.train_length or data.curriculum_length is too short for a prompt."""
     if data.name == "passkey":

@@ -67,6 +67,10 @@ class Task(ABC):
         layout = self.layout(length, draws)
         return to_batch(layout.ids(0, length), layout.answer(0, length) > 0, self.filler_weight)
 
+    def position(self, length: int, index: int, seed: Sequence[int]) -> dict[str, float]:
+        """Nothing to tell beyond the index: prompts never repeat."""
+        return {}
+
 
 def to_layout(length: int, background: Background, rows: Sequence[Row]) -> Layout:
     number = {shares: i for i, shares in enumerate(dict.fromkeys(row.shares for row in rows))}

@@ -10,7 +10,7 @@ from numpy.random import Generator
 
 from data.filler import Filler
 from data.layout import Ints, Layout, Piece
-from data.store import TokenStream
+from data.store import Stream
 from data.tasks.task import Draw, Row, Task, to_layout
 from data.tasks.words import Marker
 from data.tokenizers import Tokenizer
@@ -51,7 +51,7 @@ class ProseHaystack:
 
     REACH = 256  # tokens behind a place in which a sentence's end is looked for
 
-    def __init__(self, tokenizer: Tokenizer, stream: TokenStream) -> None:
+    def __init__(self, tokenizer: Tokenizer, stream: Stream) -> None:
         self.tokenizer, self.stream = tokenizer, stream
         self._ends: dict[int, bool] = {}
 

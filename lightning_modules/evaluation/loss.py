@@ -10,8 +10,8 @@ from torch import Tensor
 from conf.schema import DataConfig
 from conf.tasks import IN_TEXT
 from data.batches import Source as Samples
-from data.sources import locate
-from data.store import TokenStream, build_store
+from data.opened import Documents
+from data.store import Stream
 from data.tasks.registry import build_source
 from data.tokenizers import Tokenizer
 from lightning_modules.evaluation.splits import Split, draw_seed, part_of
@@ -69,14 +69,13 @@ def task_of(data: DataConfig, tokenizer: Tokenizer, split: Split) -> Samples:
     return build_source(data, tokenizer, text)
 
 
-def held_out_documents(data: DataConfig, tokenizer: Tokenizer, split: Split = "test") -> TokenStream:
+def held_out_documents(data: DataConfig, tokenizer: Tokenizer, split: Split = "test") -> Stream:
     """Of the documents that the training run on `data` never saw, tokenised, those of a split."""
-    held_out = build_store(locate(data.documents), tokenizer).split(data.documents.val_fraction)[1]
-    return part_of(held_out, split)
+    return part_of(Documents(data, tokenizer).held_out(), split)
 
 
 def documents_source(
-    stream: TokenStream, length: int, prompts: int, seed: int, name: str = "loss.length"
+    stream: Stream, length: int, prompts: int, seed: int, name: str = "loss.length"
 ) -> Source:
     """Stretches of the stream from evenly spaced places, behind a random offset.
 

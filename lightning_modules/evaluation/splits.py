@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from data.store import TokenStream
+from data.store import Stream
 
 Split = Literal["test", "validation", "calibration"]
 # The share of the held-out documents, by tokens, at which each begins and ends.
@@ -20,7 +20,7 @@ PARTS: dict[Split, tuple[float, float]] = {
 }
 
 
-def part_of(held_out: TokenStream, split: Split) -> TokenStream:
+def part_of(held_out: Stream, split: Split) -> Stream:
     """The tokens of a split; a document over its border is cut there."""
     low, high = (held_out.start + int(share * len(held_out)) for share in PARTS[split])
     return replace(held_out, start=low, stop=high)

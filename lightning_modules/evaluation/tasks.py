@@ -11,7 +11,7 @@ from conf.load import from_dict, to_dict
 from conf.schema import DataConfig, EvaluateConfig
 from conf.tasks import IN_TEXT, TasksConfig
 from data.layout import Layout
-from data.store import TokenStream
+from data.store import Stream
 from data.tasks.registry import build_task
 from data.tasks.task import Draw, Task
 from data.tokenizers import Tokenizer
@@ -88,7 +88,7 @@ def plan_task(
         raise ValueError(
             f"tasks.settings.vocabulary={changed.vocabulary}: the model has {vocab_size} token ids; lower it"
         )
-    text: TokenStream | None = None
+    text: Stream | None = None
     if name in IN_TEXT:
         text = text_stream(config, data, tokenizer)
     task = build_task(name, replace(data, tasks=changed), tokenizer, text)

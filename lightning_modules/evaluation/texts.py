@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from conf.schema import DataConfig, DocumentsConfig, EvaluateConfig
 from data.sources import locate
-from data.store import TokenStream, build_store
+from data.store import Stream, build_store
 from data.tokenizers import Tokenizer
 from lightning_modules.evaluation.loss import held_out_documents
 from lightning_modules.evaluation.splits import draw_seed
@@ -19,7 +19,7 @@ FACTORS = (64, 32, 16, 8, 4, 2, 1)  # of the training length, without a setting
 STREAM = 0x7E54
 
 
-def text_stream(config: EvaluateConfig, data: DataConfig, tokenizer: Tokenizer) -> TokenStream:
+def text_stream(config: EvaluateConfig, data: DataConfig, tokenizer: Tokenizer) -> Stream:
     """All of `text.source`, or the documents that training held out. Raises ValueError if there are none."""
     text = config.text
     if text.source is None:
@@ -37,7 +37,7 @@ def text_stream(config: EvaluateConfig, data: DataConfig, tokenizer: Tokenizer) 
 class PerplexitySuite:
     """`starts`: of documents in `stream`, each read from its beginning for `length` tokens."""
 
-    stream: TokenStream
+    stream: Stream
     starts: NDArray[np.int64]
     text: str
     length: int

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.documents import ConsecutiveDocuments, PackedDocuments, _key, _permute, mix_words
+from data.documents import ConsecutiveDocuments, PackedDocuments, hash_seed, mix_words, permute
 from data.store import TokenStream
 
 EOS = 0
@@ -129,14 +129,14 @@ def test_a_corpus_shorter_than_a_row_repeats_with_its_starts() -> None:
 
 @given(st.integers(1, 3000), st.integers(0, 2**32))
 def test_permutations_are_bijections(size: int, seed: int) -> None:
-    key = np.repeat(mix_words(_key([seed])), size)
-    assert sorted(_permute(np.arange(size), size, key)) == list(range(size))
+    key = np.repeat(mix_words(hash_seed([seed])), size)
+    assert sorted(permute(np.arange(size), size, key)) == list(range(size))
 
 
 def test_permutations_look_random() -> None:
     size, keys = 100, 3000
-    key = mix_words(_key([0]) + np.arange(keys, dtype=np.uint64))
-    places = [_permute(np.full(keys, i), size, key) for i in (0, 1, 99)]
+    key = mix_words(hash_seed([0]) + np.arange(keys, dtype=np.uint64))
+    places = [permute(np.full(keys, i), size, key) for i in (0, 1, 99)]
     for place in places:
         counts = np.bincount(place // 10, minlength=10)
         assert counts.min() > 230, counts  # 300 expected, standard deviation 16

@@ -180,6 +180,49 @@ def test_documents_resume_exactly(layout: str, tmp_path: Path, documents: list[s
     assert torch.equal(after.weights, whole.weights)
 
 
+@pytest.fixture
+def mixture(tmp_path: Path, documents: list[str]) -> list[str]:
+    for i in range(40):
+        (tmp_path / f"many{i}.txt").write_text(f"many {i} " * 30)
+    sources = f"[{{source: {tmp_path}/corpus, weight: 0.7}}, {{source: '{tmp_path}/many*.txt', weight: 0.3}}]"
+    return ["data.name=documents", f"data.documents.mixture={sources}"]
+
+
+STREAMING = ["data.documents.streaming=true"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("stage", [[], [*CURRICULUM, "data.batch_size=4"]], ids=["one length", "curriculum"])
+@pytest.mark.parametrize("kind", ["mixture", "streaming", "streaming mixture"])
+def test_mixtures_and_streams_resume_exactly(
+    kind: str, stage: list[str], workers: int, tmp_path: Path, documents: list[str], mixture: list[str]
+) -> None:
+    options = [*(mixture if "mixture" in kind else documents), *stage]
+    options += STREAMING if "streaming" in kind else []
+    whole = fit(*options)
+    save = Save(tmp_path / "last.ckpt", at_exception=False)
+    before = fit(*options, f"data.num_workers={workers}", save=save, kill_at=(4, 0))
+    after = fit(*options, f"trainer.accumulate={1 + workers}", checkpoint=save.path)
+    check_resumed(whole, before, after, killed=4)
+    assert workers or torch.equal(after.weights, whole.weights)
+
+
+def test_a_mixture_keeps_its_weights_step_by_step(mixture: list[str]) -> None:
+    for options in ([], STREAMING):
+        module = make_module(*mixture, *options, "data.batch_size=10", "data.train_length=160")
+        kinds = [b"many" in bytes(row) for row in seen(module.train_dataloader())]
+        assert sum(kinds) == 18, "3 of 10 in each of 6 steps"
+        assert [sum(kinds[i : i + 10]) for i in range(0, 60, 10)] == [3] * 6
+
+
+def test_resume_refuses_other_weights(tmp_path: Path, mixture: list[str]) -> None:
+    save = Save(tmp_path / "last.ckpt", at_exception=False)
+    fit(*mixture, save=save, kill_at=(3, 0))
+    mixture[1] = mixture[1].replace("0.7", "0.8").replace("0.3", "0.2")
+    with pytest.raises(ValueError, match=r"^data\.documents\.source: .*changed since the checkpoint"):
+        fit(*mixture, checkpoint=save.path)
+
+
 def test_a_finished_run_goes_on_when_given_more_steps(tmp_path: Path) -> None:
     whole = fit()
     save = Save(tmp_path / "last.ckpt", at_exception=False)

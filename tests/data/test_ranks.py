@@ -65,6 +65,34 @@ def run(folder: Path, name: str, ranks: int, stop: int, checkpoint: str, *option
     return tuple(sorted(row for record in records for row in record[key]) for key in ("train", "validation"))
 
 
+@pytest.fixture
+def mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name, count in (("a", 90), ("b", 60)):
+        texts = [f"{name}{i} " * (20 + i) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    sources = ", ".join(f"{{source: {tmp_path}/{n}.jsonl, weight: {w}}}" for n, w in (("a", 0.6), ("b", 0.4)))
+    return ["data.name=documents", f"data.documents.mixture=[{sources}]"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_documents_come_in_one_order_on_1_2_and_4_ranks(
+    streaming: str, tmp_path: Path, mixture: list[str]
+) -> None:
+    options = [*mixture, f"data.documents.streaming={streaming}"]
+    train, validation = run(tmp_path, "whole", 1, 4, "", *options)
+    assert len(train) == 32
+    assert len({str(row) for row in train}) == 32
+    first, _ = run(tmp_path, "first", 2, 2, "", "trainer.devices=2", *options)
+    checkpoint = str(tmp_path / "first.ckpt")
+    second, second_validation = run(tmp_path, "second", 4, 4, checkpoint, "trainer.devices=4", *options)
+    assert sorted(first + second) == train
+    assert second_validation == validation
+    third, _ = run(tmp_path, "third", 1, 4, checkpoint, "data.num_workers=1", *options)
+    assert sorted(first + third) == train
+
+
 @pytest.mark.slow
 def test_ranks_share_every_step_and_may_change_between_runs(tmp_path: Path) -> None:
     train, validation = run(tmp_path, "whole", 1, 4, "")

@@ -138,7 +138,7 @@ def test_a_path_to_nothing_is_no_hub_name(
             r"text_field=text: .* no such field; choose from \['body', 'id'\]",
         ),
         ("a.jsonl", b'{"text": 1}', "text_field=text: .* holds int there, not text"),
-        ("a.jsonl", b'{"text": "\xe9"}', r"source: .*a\.jsonl cannot be read"),
+        ("a.jsonl", b'{"text": "\xe9"}', r"source: .*a\.jsonl, line 1, cannot be read"),
         ("a.parquet", b"not parquet", r"source: .*a\.parquet cannot be read"),
     ],
 )

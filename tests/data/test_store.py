@@ -3,15 +3,16 @@
 import pickle
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from conf.schema import DocumentsConfig
-from data import store
-from data.sources import Corpus, locate
-from data.store import TokenStore, TokenStream, build_store, locate_store
+from data import store, tokenise
+from data.sources import Corpus, Piece, locate
+from data.store import JoinedStreams, TokenStore, TokenStream, build_store, locate_store
 from data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 BYTES = ByteTokenizer()
@@ -83,7 +84,7 @@ def test_short_documents_are_dropped(tmp_path: Path) -> None:
     opened = build(tmp_path / "corpus", min_tokens=3)
     train, validation = opened.split(0.5)
     assert sorted(read_documents(train) + read_documents(validation)) == ["ccc", "dddd"]
-    assert opened.meta["shorter_than_min_tokens"] == 2  # an empty file is no document
+    assert opened.meta["shorter"] == 2  # an empty file is no document
     message = (
         r"^data\.documents\.source=.*: 4 documents, none of at least data\.documents\.min_tokens=9 tokens"
     )
@@ -92,16 +93,16 @@ def test_short_documents_are_dropped(tmp_path: Path) -> None:
 
 
 def test_reading_stops_at_max_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "GROUP", 10)
+    monkeypatch.setattr(tokenise, "GROUP", 10)
     write_corpus(tmp_path / "corpus", ["x" * 9] * 50)
-    texts, taken = Corpus.texts, []
+    read, taken = Corpus.read, []
 
-    def counted(self: Corpus) -> Iterator[str]:
-        for text in texts(self):
+    def counted(self: Corpus, piece: Piece) -> Iterator[str]:
+        for text in read(self, piece):
             taken.append(text)
             yield text
 
-    monkeypatch.setattr(Corpus, "texts", counted)
+    monkeypatch.setattr(Corpus, "read", counted)
     assert build(tmp_path / "corpus", max_tokens=35).meta["documents"] == 4
     assert len(taken) <= 8
 
@@ -119,8 +120,8 @@ def test_huge_documents_are_tokenised_in_pieces(tmp_path: Path, monkeypatch: pyt
     texts = ["line of text é\n" * 20, "no line ends here " * 20, "short", "\n"]
     whole = build_store(write_corpus(tmp_path / "corpus", texts), BYTES)
     monkeypatch.setattr(store, "FORMAT", -1)  # another folder
-    monkeypatch.setattr(store, "PIECE", 32)
-    monkeypatch.setattr(store, "GROUP", 50)
+    monkeypatch.setattr(tokenise, "PIECE", 32)
+    monkeypatch.setattr(tokenise, "GROUP", 50)
     sizes, encode_batch = [], ByteTokenizer.encode_batch
 
     def recorded(self: ByteTokenizer, pieces: list[str]) -> list[np.ndarray]:
@@ -132,7 +133,7 @@ def test_huge_documents_are_tokenised_in_pieces(tmp_path: Path, monkeypatch: pyt
     pieces = build(tmp_path / "corpus")
     assert max(sizes) < 50 + 32
     assert pieces.folder != whole.folder
-    assert (pieces.folder / "tokens.bin").read_bytes() == (whole.folder / "tokens.bin").read_bytes()
+    assert (pieces.folder / "tokens.arrow").read_bytes() == (whole.folder / "tokens.arrow").read_bytes()
     assert pieces.meta == whole.meta
 
 
@@ -142,7 +143,7 @@ def test_a_store_is_built_once_and_again_when_anything_changes(
     corpus = write_corpus(tmp_path / "corpus", ["one", "two"])
     first = build_store(corpus, BYTES)
     with monkeypatch.context() as patch:
-        patch.setattr(Corpus, "texts", lambda self: pytest.fail("read again"))
+        patch.setattr(Corpus, "read", lambda *_: pytest.fail("read again"))
         assert build(tmp_path / "corpus") == first
     others = [
         build(tmp_path / "corpus", min_tokens=2),
@@ -184,14 +185,14 @@ def test_an_interrupted_build_leaves_nothing_to_trust(
         patch.setattr(store, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build_store(corpus, BYTES)
-    assert [path.suffix for path in (token_cache / "longstate").iterdir()] == [".lock"]
+    assert sorted(path.suffix for path in (token_cache / "longstate").iterdir()) == [".lock", ".partial"]
     assert build_store(corpus, BYTES).meta["documents"] == 2
 
 
 def test_an_unwritable_cache_is_one_line(tmp_path: Path, token_cache: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus", ["one"])
     token_cache.write_text("a file, where the folder should be")
-    message = r"^data\.documents: cannot write the token cache [^\n]*; set HF_DATASETS_CACHE to[^\n]*$"
+    message = r"^data\.documents: cannot write the token cache [^\n]*; make room, or set HF_DATASETS_[^\n]*$"
     with pytest.raises(ValueError, match=message):
         build_store(corpus, BYTES)
 
@@ -207,6 +208,21 @@ def test_streams_travel_to_workers_without_their_tokens(tmp_path: Path) -> None:
     assert (pickle.loads(packed).take(positions) == before).all()
     assert before[0, 0] == BYTES.eos_id
     assert before[0, 1] == before[1, 0], "a ring"
+
+
+def test_joined_streams_read_one_after_another(tmp_path: Path) -> None:
+    streams = []
+    for name, letter in (("a", "x"), ("b", "y")):
+        texts = [letter * n for n in (3, 50, 70)]
+        streams.append(build_store(write_corpus(tmp_path / name, texts), BYTES).split(0.5)[1])
+    joined = JoinedStreams.of(streams)
+    apart = [stream.take(np.arange(len(stream))) for stream in streams]
+    whole = np.concatenate([*apart, *apart])
+    assert len(joined) == len(whole) // 2
+    assert (joined.take(np.arange(len(whole))) == whole).all(), "a ring"
+    part = replace(joined, start=2, stop=len(joined) - 1)
+    assert (part.take(np.arange(-1, len(part))) == whole[[len(joined) - 2, *range(2, len(joined) - 1)]]).all()
+    assert JoinedStreams.of(streams[:1]) is streams[0]
 
 
 def test_the_folder_is_known_before_it_exists(tmp_path: Path) -> None:
