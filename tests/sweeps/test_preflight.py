@@ -9,8 +9,8 @@ import pytest
 
 from conf.preflight import PreflightConfig
 from conf.schema import TrackingConfig, TrainerConfig
-from sweeps import preflight_checks as checks
 from sweeps.preflight import is_sweep, main, read_subject
+from sweeps.readiness import checks
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "conf" / "train" / "smoke.yaml")
