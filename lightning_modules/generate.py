@@ -42,6 +42,11 @@ def main(argv: list[str] | None = None) -> None:
             run(config, texts)
         except BrokenPipeError:  # whoever read the text has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if config.save_state is not None:
+                raise ValueError(
+                    f"save_state={config.save_state}: not written: standard output was closed before the "
+                    "last token; read it to the end"
+                ) from None
 
 
 if __name__ == "__main__":

@@ -52,12 +52,19 @@ def read(folder: Path) -> Parameters:
             raise ValueError(
                 f"{file}: has no {name}: transformers would fill in another model's; add it to the file"
             )
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{file}: has a quantization_config: quantised weights do not convert")
     for name, value in FIXED.items():
         if config.get(name, value) != value:
             raise ValueError(f"{file}: {name}={config[name]}: our Mamba-2 has {value} there and nothing else")
     settings = {ours: config[theirs] for theirs, ours in REQUIRED.items()}
-    settings |= {ours: _value(config.get(theirs, default)) for theirs, (ours, default) in OPTIONAL.items()}
-    if not is_power_of_two(settings["chunk_size"]) or settings["chunk_size"] < 16:
+    for theirs, (ours, default) in OPTIONAL.items():
+        try:
+            settings[ours] = _value(config.get(theirs, default))
+        except (TypeError, ValueError):
+            raise ValueError(f"{file}: {theirs}={config[theirs]}: is no number") from None
+    chunk = settings["chunk_size"]
+    if isinstance(chunk, int) and (not is_power_of_two(chunk) or chunk < 16):
         settings["chunk_size"] = CHUNK
     model = model_config(file, settings)
     if model.n_heads != config["num_heads"]:

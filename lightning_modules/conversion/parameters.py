@@ -13,6 +13,7 @@ from conf.schema import ModelConfig, TrainConfig
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.conversion.weight_files import Weights
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 
 
@@ -111,8 +112,21 @@ def checked(
             )
         weights = {name: value for name, value in weights.items() if name != HEAD}
     # Dtypes are kept, parameters in an order of their own: equal models are equal files.
-    ordered = {name: weights[name].detach() for name in expected if name in weights}
+    ordered = _separate({name: weights[name].detach() for name in expected if name in weights})
     return Parameters(config, ordered, notes or [], trained)
+
+
+def _separate(weights: Weights) -> Weights:
+    """Each in memory of its own, in order, as safetensors wants it: a .bin may share and transpose."""
+    seen: set[int] = set()
+    separate = {}
+    for name, value in weights.items():
+        value = value.contiguous()
+        if value.untyped_storage().data_ptr() in seen:
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        separate[name] = value
+    return separate
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -131,9 +145,10 @@ def _require_none(message: str, source: object, named: Callable[[str], str], nam
 
 
 def _require_finite(value: Tensor, source: object, name: str) -> None:
-    if not value.is_floating_point():
+    if value.dtype not in DTYPES:
         raise ValueError(
-            f"{source}: {name} is {value.dtype}, not floating point: quantised weights do not convert"
+            f"{source}: {name} is {value.dtype}, not floating point of 16 bits or more: quantised weights do "
+            "not convert"
         )
     if bool(value.isfinite().all()):
         return

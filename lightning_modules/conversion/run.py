@@ -1,13 +1,16 @@
 """One conversion from config to directory: read, check, write, read again, compare, move into place."""
 
+import fcntl
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from conf.conversion import ConvertConfig
 from conf.load import flatten
@@ -29,23 +32,23 @@ def convert(config: ConvertConfig, say: Callable[[str], None] = print) -> dict[s
     exists, does not fit on the disk, or is not the same model.
     """
     source, target = Path(config.source), Path(config.target)
-    if not source.exists():
+    if not os.path.exists(source):
         raise ValueError(f"source={source}: no such file or directory")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.islink(target):
+        raise ValueError(f"target={target}: is a link: give a new directory")
+    if os.path.exists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"target={target}: exists and is never overwritten: give a new directory")
     source_layout = layout_of(source) if is_published(source) else "ours"
     parameters: Parameters = LAYOUTS[source_layout].read(source)
     LAYOUTS[config.layout].require_expressible(parameters.config)
     for note in parameters.notes:
         say(f"note: {source}: {note}")
-    place = _make_room(target, parameters)
-    try:
-        report = _write(config, source, source_layout, parameters, place)
-        os.replace(place, target)
-    except OSError as error:
-        raise ValueError(f"target={target}: cannot be written ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+    with _room(target, parameters) as place:
+        try:
+            report = _write(config, source, source_layout, parameters, place)
+            os.replace(place, target)
+        except OSError as error:
+            raise _unwritable(target, error) from None
     say(_summary(report))
     return report
 
@@ -59,7 +62,11 @@ def _write(
     further = {}
     if config.layout == "hf":
         further = {"special_ids": tokenizer_files.special_ids(place)}
-    files = layout.write(parameters, place, config.max_shard_size, **further)
+    try:
+        files = layout.write(parameters, place, config.max_shard_size, **further)
+    # A full disk is each library's own error.
+    except (SafetensorError, RuntimeError) as error:
+        raise _unwritable(config.target, error) from None
     reread: Parameters = layout.read(place)
     _require_equal(parameters, reread)
     report = {
@@ -112,23 +119,55 @@ def _require_equal(ours_: Parameters, theirs: Parameters) -> None:
         raise ValueError("the target, read again, holds other weights than the source: nothing was written")
 
 
-def _make_room(target: Path, parameters: Parameters) -> Path:
-    """An empty directory beside the target, on a disk that holds it all; left by a kill, it is made anew."""
-    place = target.parent / f".{target.name}.converting"
+@contextmanager
+def _room(target: Path, parameters: Parameters) -> Iterator[Path]:
+    """An empty directory beside the target, on a disk that holds it all, for this process alone.
+
+    It is gone in the end, and so are directories above it that were made for it and hold nothing; what a kill
+    left is cleared.
+    """
+    place = Path(os.path.abspath(target))
+    place = place.with_name(f".{place.name}.converting")
+    made = [folder for folder in place.parents if not os.path.exists(folder)]
     try:
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        free = shutil.disk_usage(place).free
+        place.mkdir(parents=True, exist_ok=True)
+        lock = os.open(place, os.O_RDONLY)
     except OSError as error:
-        raise ValueError(f"target={target}: cannot be written ({error.strerror or error})") from None
-    needed = parameters.nbytes + MARGIN
+        raise _unwritable(target, error) from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours_ = os.path.samestat(os.fstat(lock), os.stat(place))  # not moved by who held the lock before
+        except OSError:
+            ours_ = False
+        if not ours_:
+            raise ValueError(f"target={target}: another conversion is writing it: wait for it")
+        try:
+            for left in place.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            _require_room(target, place, parameters)
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            for folder in made:
+                with suppress(OSError):  # it holds the target
+                    folder.rmdir()
+    finally:
+        os.close(lock)
+
+
+def _require_room(target: Path, place: Path, parameters: Parameters) -> None:
+    free, needed = shutil.disk_usage(place).free, parameters.nbytes + MARGIN
     if free < needed:
-        place.rmdir()
         raise ValueError(
             f"target={target}: needs {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free: "
             "make room or choose another disk"
         )
-    return place
+
+
+def _unwritable(target: object, error: Exception) -> ValueError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+    return ValueError(f"target={target}: cannot be written ({reason})")
 
 
 def _summary(report: dict[str, Any]) -> str:

@@ -53,12 +53,17 @@ def read(folder: Path) -> Parameters:
     file = folder / "config.json"
     config = read_json(file)
     ssm = config.get("ssm_cfg", {})
+    if not isinstance(ssm, dict):
+        raise ValueError(f"{file}: ssm_cfg={ssm}: must hold settings by name")
     _require_known(file, config, ssm)
     for name in REQUIRED:
         if name not in config:
             raise ValueError(f"{file}: has no {name}: it is incomplete")
-    weights = read_weights_of(folder)
     tokens, multiple = config["vocab_size"], config.get("pad_vocab_size_multiple", 8)
+    for name, value in (("vocab_size", tokens), ("pad_vocab_size_multiple", multiple)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{file}: {name}={value}: must be a whole number of at least 1")
+    weights = read_weights_of(folder)
     rows = -(-tokens // multiple) * multiple
     notes = []
     if EMBEDDING in weights and weights[EMBEDDING].shape[0] == tokens:

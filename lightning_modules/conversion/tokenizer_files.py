@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from conf.schema import TrainConfig
 
@@ -33,9 +34,7 @@ def carry(source: Path, trained: TrainConfig | None, target: Path) -> str:
     if trained.data.tokenizer == "bytes":
         _write_bytes(target)
         return "bytes"
-    from transformers import AutoTokenizer
-
-    AutoTokenizer.from_pretrained(trained.data.tokenizer, trust_remote_code=False).save_pretrained(target)
+    _load(trained.data.tokenizer, "the training's").save_pretrained(target)
     return f"{trained.data.tokenizer}, of the training"
 
 
@@ -43,10 +42,20 @@ def special_ids(folder: Path) -> dict[str, int | None]:
     """bos_token_id, eos_token_id and pad_token_id of the tokenizer in `folder`; {} without one."""
     if not has_tokenizer(folder):
         return {}
+    tokenizer = _load(folder, "copied from the source")
+    return {name: getattr(tokenizer, name) for name in SPECIAL}
+
+
+def _load(name: str | Path, whose: str) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return {name: getattr(tokenizer, name) for name in SPECIAL}
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # a missing or damaged file shows as almost any
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise ValueError(
+            f"tokenizer: {whose}, {name}, cannot be read ({reason}): put its files back as they were"
+        ) from None
 
 
 def _write_bytes(folder: Path) -> None:

@@ -38,8 +38,12 @@ def read_file(file: Path) -> Weights:
     """The tensors of one file, by name. Raises ValueError (one line) as `read_weights_of`."""
     contents = read_contents(file)
     for name, value in contents.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{file}: {name!r} is no name of a parameter: not a file of weights")
         if not isinstance(value, Tensor):
             raise ValueError(f"{file}: {name} is no tensor but {type(value).__name__}: not a file of weights")
+        if value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{file}: {name} is sparse or without values: save it as a plain tensor")
     return contents
 
 
@@ -104,7 +108,7 @@ def _names() -> list[str]:
 
 def _read_shards(folder: Path, index: str) -> Weights:
     mapping = read_json(folder / index).get("weight_map")
-    if not isinstance(mapping, dict) or not mapping:
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(s, str) for s in mapping.values()):
         raise ValueError(f"{folder / index}: has no weight_map: it is no index of shards")
     weights: Weights = {}
     for shard in sorted(set(mapping.values())):

@@ -30,11 +30,8 @@ def read_texts(config: GenerateConfig) -> Prompts:
         found = Prompts(config.prompt, _text(config.prompt_file), len(config.prompt) > 1)
     else:
         found = Prompts([_text(config.prompt_file)], None, False)
-    for text in [*found.prompts, found.document]:
-        if text == "":
-            raise ValueError(
-                "prompt: an empty text: there is nothing to go on from; give at least a character"
-            )
+    for text in [*found.prompts, *([] if found.document is None else [found.document])]:
+        _require_readable(text)
     most = config.batch_size
     if config.save_state is not None and len(found.prompts) > most:
         raise ValueError(
@@ -42,6 +39,17 @@ def read_texts(config: GenerateConfig) -> Prompts:
             f"several states; set batch_size={len(found.prompts)}"
         )
     return found
+
+
+def _require_readable(text: str) -> None:
+    if text == "":
+        raise ValueError("prompt: an empty text: there is nothing to go on from; give at least a character")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are no UTF-8, half a pair in JSON
+        raise ValueError(
+            f"prompt={ascii(text)[1:60]}: character {error.start} is not Unicode text; write it as UTF-8"
+        ) from None
 
 
 def _text(name: str) -> str:
@@ -56,13 +64,14 @@ def _text(name: str) -> str:
 def _lines(name: str) -> list[str]:
     """A prompt a line: a JSON text, or an object with one as `prompt`."""
     prompts = []
-    for number, line in enumerate(_text(name).splitlines(), 1):
+    # Only a newline ends a line: JSON texts may hold the others of Unicode as they are.
+    for number, line in enumerate(_text(name).removeprefix("\ufeff").split("\n"), 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
             prompt = value["prompt"] if isinstance(value, dict) else value
-        except (json.JSONDecodeError, KeyError):
+        except (json.JSONDecodeError, KeyError, RecursionError):
             prompt = None
         if not isinstance(prompt, str):
             raise ValueError(

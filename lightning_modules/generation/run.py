@@ -1,6 +1,7 @@
 """The command from config to text: load, read, generate, save."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -100,14 +101,24 @@ def _generate(
                 row.add(piece)
                 speed.count += 1
                 if not texts.as_json:
-                    print(piece.text, end="\n" if piece.finish else "", flush=True)
+                    _write(piece.text + ("\n" if piece.finish else ""))
                 elif piece.finish:
                     line = {"prompt": first + piece.row, "text": row.text, "tokens": len(row.tokens)}
-                    print(json.dumps(line | {"finish": row.finish}, ensure_ascii=False), flush=True)
+                    _write(json.dumps(line | {"finish": row.finish}, ensure_ascii=False) + "\n")
         speed.has_made()
     speed.tell()
     assert generator.state is not None
     return generator.state
+
+
+def _write(text: str) -> None:
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor when Python ends
+        raise ValueError(f"standard output: cannot be written ({error.strerror or error})") from None
 
 
 def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[tuple[int, Sequence[Prompt]]]:

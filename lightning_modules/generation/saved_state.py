@@ -7,6 +7,7 @@ how many tokens each row has read.
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ FORMAT = "longstate state 1"
 
 def save_state(path: str | Path, state: ModelState, model: Mamba2LM) -> None:
     """Write a state of this model, at once or not at all."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
     header = {
         "format": FORMAT,
         "model": model_identity(model),
@@ -33,20 +34,42 @@ def save_state(path: str | Path, state: ModelState, model: Mamba2LM) -> None:
         "tokens": json.dumps(state.position.tolist()),
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in _named(state).items()}
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(tensors, temporary, metadata=header)
-        os.replace(temporary, path)
+        # A name of its own: of two that write the same state one is whole in the end.
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata=header)
+            os.chmod(temporary, 0o666 & ~_umask())  # safetensors and mkstemp let nobody else read it
+            os.replace(temporary, path)
+        finally:  # also of Ctrl-C
+            Path(temporary).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"save_state={path}: cannot be written ({error}): choose another place") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"save_state={path}: cannot be written ({reason}): choose another place") from None
 
 
 def require_writable(path: str | Path) -> None:
-    """Refuse a place that cannot be written, before a long prompt is read."""
+    """Refuse a place that cannot be written, before a long prompt is read, and what is no state of ours."""
     folder = Path(path).resolve().parent
-    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+    if os.path.isdir(path) or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"save_state={path}: cannot be written: name a file in a folder that exists")
+    if os.path.exists(path) and not _is_state(Path(path)):
+        raise ValueError(f"save_state={path}: exists and is no saved state: it stays; name another file")
+
+
+def _is_state(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {}).get("format")).startswith(FORMAT[:-1])
+    except (SafetensorError, OSError):
+        return False
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def load_state(
@@ -58,7 +81,7 @@ def load_state(
         ValueError: the file is missing, damaged or none of ours; of another model or mitigation.
     """
     name = f"state={path}"
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"{name}: no such file; make one with save_state=PATH")
     try:
         with safe_open(path, framework="pt") as file:
@@ -66,7 +89,7 @@ def load_state(
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{name}: truncated or damaged, or no saved state ({error})") from None
-    if header.get("format") != FORMAT:
+    if header.get("format") != FORMAT or not {"model", "mitigation", "tokens"} <= header.keys():
         raise ValueError(f"{name}: no saved state of this version; make it again with save_state=PATH")
     if header["model"] != model_identity(model):
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Mamba2Config, Mamba2ForCausalLM
+from transformers.utils import logging
 
 from conf.schema import ModelConfig
 
@@ -48,6 +49,7 @@ def write_hf(folder: Path, config: ModelConfig, dtype: torch.dtype, shard: str =
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     model = model.to(dtype).eval()
+    logging.disable_progress_bar()  # it would stand among the lines that a test counts
     model.save_pretrained(folder, max_shard_size=shard)
     return model
 

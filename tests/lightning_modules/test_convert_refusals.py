@@ -67,6 +67,20 @@ WRONG: dict[str, tuple[Change, str]] = {
     "attention": (lambda w, c: c.update(attn_layer_idx=[3]), r"attn_layer_idx=\[3\]: our Mamba-2 has \[\]"),
     "no_size": (lambda w, c: c.pop("vocab_size"), "has no vocab_size"),
     "not_a_size": (lambda w, c: c.update(d_model="wide"), "config.json: .*wide"),
+    "no_ssm_cfg": (lambda w, c: c.update(ssm_cfg=None), "ssm_cfg=None: must hold settings by name"),
+    "no_multiple": (
+        lambda w, c: c.update(pad_vocab_size_multiple=0),
+        "pad_vocab_size_multiple=0: must be a whole number",
+    ),
+    "fp8": (
+        lambda w, c: w.update({f"{MIXER}.D": torch.ones(8).to(torch.float8_e4m3fn)}),
+        "float8_e4m3fn, not floating point of 16 bits",
+    ),
+    "sparse": (
+        lambda w, c: w.update({f"{MIXER}.D": torch.ones(8).to_sparse()}),
+        f"{MIXER}.D is sparse or without values",
+    ),
+    "number_as_name": (lambda w, c: w.update({5: torch.ones(8)}), "5 is no name of a parameter"),
     "vocabulary": (
         lambda w, c: c.update(vocab_size=50),
         r"embedding.weight has shape \(48, 32\), .* \(64, 32\)",
@@ -95,6 +109,9 @@ def test_a_wrong_state_spaces_checkpoint(
 HF_WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "defaulted_size": ({"hidden_size": None}, "has no hidden_size: transformers would fill in another"),
     "bias": ({"use_bias": True}, "use_bias=True: our Mamba-2 has False"),
+    "chunk": ({"chunk_size": None}, "chunk_size: Incompatible value 'None'"),
+    "limit": ({"time_step_limit": [0.0, {"__float__": "x"}]}, "time_step_limit=.* is no number"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "has a quantization_config"),
     "heads": ({"num_heads": 9}, "num_heads=9: expand .* is 8"),
     "other_model": ({"model_type": "mamba"}, "model_type=mamba: not Mamba-2 in a layout known here"),
     "vocabulary": ({"vocab_size": 40}, r"backbone.embeddings.weight has shape \(48, 32\), .* \(40, 32\)"),
@@ -210,3 +227,48 @@ def test_another_model_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(SystemExit):
         main([f"source={tmp_path}/theirs", f"target={tmp_path}/ours"])
     assert not (tmp_path / "ours").exists()
+
+
+def test_weights_that_share_memory_and_are_transposed_convert(tmp_path: Path) -> None:
+    config = config_of(CASES["groups"] | {"tie_embeddings": False})
+    weights = write_state_spaces(tmp_path / "theirs", config, torch.float32)
+    weights["lm_head.weight"] = weights["backbone.embedding.weight"]
+    weights[f"{MIXER}.in_proj.weight"] = weights[f"{MIXER}.in_proj.weight"].t().contiguous().t()
+    torch.save(weights, tmp_path / "theirs" / "pytorch_model.bin")
+    for layout in ("ours", "hf"):
+        main([f"source={tmp_path}/theirs", f"target={tmp_path}/{layout}", f"layout={layout}"])
+
+
+def test_a_full_disk_a_second_conversion_and_a_lost_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of them stays, directories made on the way included."""
+    import fcntl
+    import resource
+
+    write_state_spaces(tmp_path / "theirs", config_of(CASES["groups"]), torch.float32)
+    line = [f"source={tmp_path}/theirs", f"target={tmp_path}/new/place"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for layout in ("ours", "hf", "state-spaces"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
+        try:
+            error = refused(capsys, *line, f"layout={layout}")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert f"target={tmp_path}/new/place: cannot be written" in error
+    (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
+    assert "tokenizer: copied from the source" in refused(capsys, *line, "layout=hf")
+    assert "is a link" in refused(capsys, line[0], f"target={_link(tmp_path)}")
+    assert "no such file or directory" in refused(capsys, f"source={'a' * 5000}", line[1])
+    (tmp_path / ".busy.converting").mkdir()
+    lock = os.open(tmp_path / ".busy.converting", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    error = refused(capsys, line[0], f"target={tmp_path}/busy")
+    os.close(lock)
+    assert "another conversion is writing it" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".busy.converting", "link", "theirs"]
+
+
+def _link(folder: Path) -> Path:
+    (folder / "link").symlink_to(folder)
+    return folder / "link"

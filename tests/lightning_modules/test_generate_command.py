@@ -337,3 +337,35 @@ def test_a_reader_that_goes_away_is_no_error(checkpoint: Path) -> None:
     assert pipe.wait(60) == 0, errors
     assert errors == ""
     pipe.stderr.close()
+
+
+def test_prompts_that_are_no_text_and_lines_that_only_a_newline_ends(
+    capsys: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('\ufeff"a\u2028b"\n{"prompt": "x\x85y"}\n', encoding="utf-8")
+    out = call(capsys, checkpoint, f"prompt_file={file}", "max_new_tokens=1")
+    assert [json.loads(line)["prompt"] for line in out.rstrip("\n").split("\n")] == [0, 1]
+    file.write_text('"a\\ud800"')
+    for given in (f"prompt_file={file}", "prompt=a\udcff"):
+        error = refusal(capsys, f"checkpoint={checkpoint}", given)
+        assert re.fullmatch(r"prompt=a.*: character 1 is not Unicode text; write it as UTF-8", error)
+
+
+def test_an_output_that_cannot_be_written_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    """A full disk, and a reader that leaves before the state could be saved."""
+    line = [sys.executable, "-m", "lightning_modules.generate", f"checkpoint={checkpoint}", "prompt=Hi"]
+    kept = f"save_state={tmp_path}/kept.state"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "standard output: cannot be written (No space left on device)" in done.stderr
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [*line, kept], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert done.returncode == 2
+    assert "kept.state: not written: standard output was closed" in done.stderr
+    assert list(tmp_path.iterdir()) == []
