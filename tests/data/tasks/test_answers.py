@@ -16,7 +16,7 @@ from data.store import build_store
 from data.tasks.facts import invent, read_questions
 from data.tasks.registry import build_task
 from data.tasks.task import Task
-from data.tokenizers import load_tokenizer
+from data.tokenizers import ByteTokenizer, load_tokenizer
 
 SETTINGS = {
     "common_times": 6,
@@ -227,3 +227,26 @@ def test_a_line_of_another_format_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.txt").write_text(line + "\n")
     with pytest.raises(ValueError, match=r"^data\.tasks\.facts=.*a\.txt: line 1 [^\n]*$"):
         read_questions(str(tmp_path))
+
+
+@pytest.mark.parametrize("zipf", [0.05, 0.5, 1.0, 2.0, 50.0])
+def test_frequent_words_differ_in_number_at_every_length(zipf: float) -> None:
+    task = make("frequent_words", zipf=zipf)
+    shortest = task.shortest()
+    for length in range(shortest, 5 * shortest, shortest // 9):
+        batch = task.sample(length, range(2), (3,))
+        for ids in batch["ids"].tolist():
+            frequent(bytes(ids).decode())
+
+
+def test_words_of_uneven_tokens_fit_and_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ByteTokenizer.encode
+
+    def encode(self: ByteTokenizer, text: str) -> Any:
+        return whole(self, re.sub("[b-m][aei]", "#", text))
+
+    monkeypatch.setattr(ByteTokenizer, "encode", encode)
+    for name in ("frequent_words", "common_words"):
+        task = make(name, zipf=4.0)
+        for length in range(task.shortest(), 3 * task.shortest(), 50):
+            assert task.sample(length, range(4), (1,))["ids"].shape == (4, length)
