@@ -27,7 +27,7 @@ def test_a_split_of_a_mixture_has_a_part_of_every_source(tmp_path: Path) -> None
     assert isinstance(whole, JoinedStreams)
     seen = []
     for split in ("calibration", "validation", "test"):
-        stream = held_out_documents(data, tokenizer, split)  # type: ignore[arg-type]
+        stream = held_out_documents(data, tokenizer, split)
         tokens = bytes(stream.take(np.arange(len(stream))).tolist())
         assert b"x" in tokens
         assert b"y" in tokens
