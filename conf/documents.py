@@ -84,7 +84,8 @@ class DocumentsConfig:
         require(fine, f"{name} weights", weights, "each must be a number of at least 0")
         require(sum(weights) > 0, f"{name} weights", weights, "sum to nothing; make at least one positive")
         cycle = sum(whole_weights(weights))
-        remedy = f"repeat only after {cycle:,} rows, at most {LARGEST_CYCLE:,} are allowed; round the weights"
+        rows = f"{cycle:,}" if cycle < 10**12 else "over 10^12"
+        remedy = f"repeat only after {rows} rows, at most {LARGEST_CYCLE:,} are allowed; round the weights"
         require(cycle <= LARGEST_CYCLE, f"{name} weights", weights, remedy)
 
     def sources(self) -> list[tuple["DocumentsConfig", int]]:

@@ -9,15 +9,16 @@ HF_DATASETS_CACHE on a disk that both see. Killed, it goes on where it was.
 
 from conf.load import from_command_line, user_errors
 from conf.schema import TrainConfig, require
+from conf.tasks import IN_TEXT
 
 
 def main() -> None:
     assert __doc__ is not None
     config = from_command_line(TrainConfig, __doc__)
     with user_errors():
-        require(
-            config.data.name == "documents", "data.name", config.data.name, "only documents are tokenised"
-        )
+        readers = ("documents", *IN_TEXT)
+        remedy = f"reads no documents, nothing is to be tokenised; {', '.join(readers)} do"
+        require(config.data.name in readers, "data.name", config.data.name, remedy)
         from data.opened import Documents
         from data.tokenizers import load_tokenizer
 

@@ -223,6 +223,9 @@ def locate(config: DocumentsConfig) -> Corpus:
         raise ValueError(
             f"data.documents.source={source}: no such file or folder; give a file, folder, glob or hub name"
         )
+    gone = [file for file in files if not file.is_file()]
+    if gone:
+        raise ValueError(f"data.documents.source={source}: {gone[0]} links to nothing; remove or mend it")
     unknown = [file for file in files if not file.name.endswith(EXTENSIONS)]
     if unknown or not files:
         raise ValueError(

@@ -86,22 +86,20 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class JoinedStreams:
-    """Several streams read as one, with the same methods and borders."""
+    """Several streams read one after another, with the same methods."""
 
     parts: tuple[TokenStream, ...]
-    start: int
-    stop: int
 
     @classmethod
     def of(cls, streams: Sequence[TokenStream]) -> "JoinedStreams | TokenStream":
-        return streams[0] if len(streams) == 1 else cls(tuple(streams), 0, sum(map(len, streams)))
+        return streams[0] if len(streams) == 1 else cls(tuple(streams))
 
     @property
     def eos_id(self) -> int:
         return self.parts[0].eos_id
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return sum(map(len, self.parts))
 
     def documents(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """As `TokenStream.documents`."""
@@ -111,12 +109,11 @@ class JoinedStreams:
             found.append((starts + first, sizes))
             first += len(part)
         starts, sizes = (np.concatenate(column) for column in zip(*found, strict=True))
-        whole = (starts >= self.start) & (starts + sizes < self.stop)
-        return starts[whole] - self.start, sizes[whole]
+        return starts, sizes
 
     def take(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """As `TokenStream.take`."""
-        positions = self.start + positions % len(self)
+        positions = positions % len(self)
         tokens = np.empty_like(positions)
         first = 0
         for part in self.parts:

@@ -1,6 +1,7 @@
 """Facts far apart in documents, and a question that rests on some of them, as BABILong (arXiv 2406.10149) has
 it: of our own persons and places, or stories in bAbI's format from a user's folder."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.random import Generator
 
 from data.tasks.task import Draw
-from data.tasks.text import Haystack, Needle, Story, TextTask
+from data.tasks.text import SAMPLES, Haystack, Needle, Story, TextTask
 from data.tokenizers import Tokenizer
 
 PERSONS = ("Anna", "Boris", "Clara", "David")
@@ -42,7 +43,10 @@ class FactsTask(TextTask):
         super().__init__(tokenizer, haystack, filler_weight)
         self.supporting = supporting
         self.questions = None if folder is None else read_questions(folder)
-        self._answers = PLACES if self.questions is None else {q.answer for q in self.questions}
+        asked = self.questions
+        if asked is None:
+            asked = [invent(np.random.default_rng(i), supporting) for i in range(SAMPLES)]
+        self._chance = guess(asked)
 
     def story(self, length: int, draw: Draw, shared: Generator, own: Generator) -> Story:
         if self.questions is None:
@@ -58,7 +62,7 @@ class FactsTask(TextTask):
         return Story(needles, question, [answer], asked=nearest)
 
     def chance(self, length: int) -> float:
-        return 1 / len(self._answers)
+        return self._chance
 
     def shortest(self) -> int:
         if self.questions is None:
@@ -102,6 +106,18 @@ def _among(rng: Generator, question: Question, others: list[str]) -> Question:
     return Question(facts, question.text, question.answer, [own[i] for i in question.supporting])
 
 
+def guess(questions: list[Question]) -> float:
+    """The share of questions that are answered right by any of the answers which their facts name. Where
+    they do not name the right one (yes and no, numbers), by any of all answers."""
+    answers = {question.answer for question in questions}
+    shares = []
+    for question in questions:
+        words = set(re.findall(r"\w+", " ".join(question.facts)))
+        named = len(answers & words) if question.answer in words else len(answers)
+        shares.append(1 / named)
+    return sum(shares) / len(shares)
+
+
 def read_questions(source: str) -> list[Question]:
     """Every question of the stories in a .txt file or a folder of them, in bAbI's format:
 
@@ -126,7 +142,11 @@ def read_questions(source: str) -> list[Question]:
 
 def _read(file: Path) -> Iterator[Question]:
     facts: dict[int, str] = {}
-    for at, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data.tasks.facts={file}: cannot be read ({error}); give text in UTF-8") from None
+    for at, line in enumerate(lines, 1):
         if not line.strip():
             continue
         number, _, text = line.partition(" ")

@@ -129,13 +129,15 @@ class WordList(ListTask):
         samples = tokenizer.encode_batch([f" {name}" for name in draw_words(np.random.default_rng(0), 512)])
         self._word = float(np.mean([len(ids) for ids in samples]))
         self._longest = max(len(ids) for ids in samples)
+        self._least = max(1, min(len(ids) for ids in samples) - 1)
 
     @abstractmethod
     def question(self) -> str: ...
 
     @abstractmethod
     def counts(self, words: float) -> Ints:
-        """How often each word of about so many occurs; those asked for first, and strictly most often."""
+        """How often each word of about so many occurs; those asked for first, and more often than others. Of
+        0 words: as often as they must, which `shortest` has room for."""
 
     @property
     @abstractmethod
@@ -152,22 +154,27 @@ class WordList(ListTask):
     def write(self, length: int, draw: Draw) -> tuple[Ints, Ints, list[Ints], float]:
         require_fits(length, self.shortest(), type(self).__name__)
         rng = draw.private()
-        words = (length - self._tail()) / self._word
-        counts = self.counts(0.98 * words)
-        missing_words = words - counts.sum()
-        names = draw_words(rng, len(counts) + 8 + int((1.5 * missing_words + 0.1 * words) / self.at_most))
+        words = 0.98 * (length - self._tail()) / self._word
+        counts = self.counts(words)
+        names = draw_words(rng, len(counts))
         encoded = self.tokenizer.encode_batch([f" {name}" for name in names])
         sizes = np.array([len(ids) for ids in encoded])
         question = self.tokenizer.encode(self.question())
         room = length - len(question) - int(sizes[: self.asked].sum())
-        while len(counts) > self.asked and int(counts @ sizes[: len(counts)]) > room:
-            counts = counts[:-1]  # words were longer than most: the rarest make room
+        while int(counts @ sizes[: len(counts)]) > room:
+            words *= 0.98  # words were longer than most: fewer are listed
+            counts = self.counts(words)
         missing = room - int(counts @ sizes[: len(counts)])
-        assert missing >= 0, "shortest() leaves room"
+        encoded = encoded[: len(counts)]
+        # So many that what is left of them, less those listed, is enough.
+        more = draw_words(rng, len(names) + missing // (self.at_most * self._least) + 1)
+        listed = set(names)
+        others = [f" {name}" for name in more if name not in listed]
+        encoded += self.tokenizer.encode_batch(others)
         filling: list[int] = []
         while missing > 0:
             filling.append(len(counts) + len(filling) // self.at_most)
-            missing -= int(sizes[filling[-1]])
+            missing -= len(encoded[filling[-1]])
         # The last of the filling comes first: it is the one that the list is cut within.
         words_in_order = rng.permutation([*np.repeat(np.arange(len(counts)), counts), *filling[:-1]])
         order = [*filling[-1:], *words_in_order.tolist()]
@@ -218,21 +225,22 @@ class FrequentWords(WordList):
 
     def counts(self, words: float) -> Ints:
         # Words that the law has occur less than once are the list's filling, each once.
-        rank = np.arange(1, 2 + int(words))
+        rank = np.arange(1, max(self.asked, 1 + int(words)) + 1)
         share = rank**-self.zipf
-        counts = np.floor(words * share / share.sum()).astype(np.int64)
-        return np.maximum(counts, 1)[: max(self.asked, int((counts >= 1).sum()))]
+        counts = np.floor(max(0.0, words - self._fewest) * share / share.sum()).astype(np.int64)
+        counts = counts[: max(self.asked, int((counts >= 1).sum()))]
+        below = int(counts[self.asked]) if len(counts) > self.asked else 1
+        for i in reversed(range(self.asked)):  # each more often than the next, also where the law is flat
+            below = counts[i] = max(int(counts[i]), below + 1)
+        return counts
 
     def shortest(self) -> int:
-        """So many words that the frequent ones and the next differ by one at least."""
-        words = 4
-        while not self._distinct(self.counts(0.98 * words)):
-            words = -(-words * 9 // 8)
-        return self._tail() + self._longest * words
+        """Room for the words asked for: the last twice, each before it once more."""
+        return self._tail() + self._longest * (self._fewest + 2)
+
+    @property
+    def _fewest(self) -> int:
+        return self.asked * (self.asked + 3) // 2
 
     def order(self, asked: list[int]) -> list[int]:
         return sorted(asked)
-
-    def _distinct(self, counts: Ints) -> bool:
-        leading = np.append(counts, 1)[: self.asked + 1]
-        return len(leading) > self.asked and bool((np.diff(leading) < 0).all())

@@ -41,6 +41,11 @@ class RecentPasskey(TextTask):
     ) -> None:
         super().__init__(tokenizer, haystack, filler_weight)
         self.recent = recent
+        needed = self.shortest()
+        if recent < needed:
+            raise ValueError(
+                f"data.tasks.recent={recent}: needle, question and answer take {needed} tokens; use more"
+            )
 
     def story(self, length: int, draw: Draw, shared: Generator, own: Generator) -> Story:
         key = draw_number(own, DIGITS)

@@ -67,6 +67,10 @@ def build_source(data: DataConfig, tokenizer: Tokenizer, text: Stream | None = N
         keys = np.random.default_rng(0).integers(passkey.n_keys, size=256)
         data.require_passkey_fits(max(passkey.fixed_length(int(key)) for key in keys))
         return passkey
+    if text is not None:
+        remedy = f"the documents of one side, training or validation, have only {len(text):,} tokens to hide "
+        remedy += "needles in; give more text, another data.documents.val_fraction or shorter prompts"
+        require(data.train_length <= len(text), "data.train_length", data.train_length, remedy)
     task = build_task(data.name, data, tokenizer, text)
     shortest = task.shortest()
     for name in ("train_length", "curriculum_length"):

@@ -54,7 +54,8 @@ class Recall(SymbolTask):
         return 2 * (2 * self.pairs + self.updates)
 
     def chance(self, length: int) -> float:
-        return 1 / self.third
+        # Any of the values stated last: the right one, or another that is equal by chance.
+        return 1 / self.pairs + (1 - 1 / self.pairs) / self.third
 
     def layout(self, length: int, draws: Sequence[Draw]) -> Layout:
         require_fits(length, self.shortest(), "mqar")

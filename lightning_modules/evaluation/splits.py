@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from data.store import Stream
+from data.store import JoinedStreams, Stream, TokenStream
 
 Split = Literal["test", "validation", "calibration"]
 # The share of the held-out documents, by tokens, at which each begins and ends.
@@ -21,9 +21,15 @@ PARTS: dict[Split, tuple[float, float]] = {
 
 
 def part_of(held_out: Stream, split: Split) -> Stream:
-    """The tokens of a split; a document over its border is cut there."""
-    low, high = (held_out.start + int(share * len(held_out)) for share in PARTS[split])
-    return replace(held_out, start=low, stop=high)
+    """The tokens of a split, of every source its share; a document over its border is cut there."""
+    if isinstance(held_out, JoinedStreams):
+        return JoinedStreams(tuple(_part(stream, split) for stream in held_out.parts))
+    return _part(held_out, split)
+
+
+def _part(stream: TokenStream, split: Split) -> TokenStream:
+    low, high = (stream.start + int(share * len(stream)) for share in PARTS[split])
+    return replace(stream, start=low, stop=high)
 
 
 def draw_seed(seed: int, split: Split) -> int:

@@ -33,10 +33,18 @@ def test_prepare_tokenises_once_and_tells_what_is_kept(
     assert capsys.readouterr().out.splitlines() == [kept]
 
 
+def test_prepare_also_serves_tasks_in_text(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], token_cache: Path
+) -> None:
+    arguments = ("data.name=niah_essay", f"data.documents.source={source}")
+    call(prepare.main, monkeypatch, *arguments)
+    assert "kept 300 of 300 documents" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.name=passkey"], "data.name=passkey: only documents are tokenised"),
+        (["data.name=passkey"], "data.name=passkey: reads no documents"),
         (["data.name=documents", "data.documents.source=/no/where"], "source=/no/where: no such file"),
         (["data.documents.mixture=[{source: a, weight: 0}]"], "sum to nothing"),
     ],

@@ -155,3 +155,10 @@ def test_parquet_without_the_field_names_its_columns(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", body=["x"], n=[1])
     with pytest.raises(ValueError, match=r"text_field=text: .*a\.parquet has no such field.*\['body', 'n'\]"):
         read(path)
+
+
+def test_a_dangling_link_is_named(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("text")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"gone\.txt links to nothing"):
+        locate(DocumentsConfig(source=str(tmp_path)))

@@ -170,7 +170,7 @@ def test_the_command_leaves_rows_figures_and_words(
         assert 0 < task["tokens_read"] <= task["tokens_without_sharing"] == 6 * (511 + 1023)
         assert result["metrics"][f"{name}/accuracy_at_512"] == task["by_length"][0]["accuracy"]
     assert evaluation["tasks"]["mqar"]["by_depth"] == []
-    assert evaluation["tasks"]["mqar"]["by_length"][0]["chance"] == 1 / 85
+    assert evaluation["tasks"]["mqar"]["by_length"][0]["chance"] == 1 / 4 + 3 / 4 / 85
     cells = evaluation["tasks"]["niah_single_1"]["by_depth"]
     assert [round(cell["depth"], 2) for cell in cells[:3]] == [0.17, 0.5, 0.83]
     figures = {path.name for path in (tmp_path / "out" / "figures").iterdir()}

@@ -13,10 +13,10 @@ from conf.load import from_dict
 from conf.schema import DataConfig, DocumentsConfig
 from data.sources import locate
 from data.store import build_store
-from data.tasks.facts import invent, read_questions
+from data.tasks.facts import Question, guess, invent, read_questions
 from data.tasks.registry import build_task
 from data.tasks.task import Task
-from data.tokenizers import load_tokenizer
+from data.tokenizers import ByteTokenizer, load_tokenizer
 
 SETTINGS = {
     "common_times": 6,
@@ -226,4 +226,51 @@ def test_stories_of_a_folder_are_hidden_between_sentences(tmp_path: Path) -> Non
 def test_a_line_of_another_format_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.txt").write_text(line + "\n")
     with pytest.raises(ValueError, match=r"^data\.tasks\.facts=.*a\.txt: line 1 [^\n]*$"):
+        read_questions(str(tmp_path))
+
+
+@pytest.mark.parametrize("zipf", [0.05, 0.5, 1.0, 2.0, 50.0])
+def test_frequent_words_differ_in_number_at_every_length(zipf: float) -> None:
+    task = make("frequent_words", zipf=zipf)
+    shortest = task.shortest()
+    for length in range(shortest, 5 * shortest, shortest // 9):
+        batch = task.sample(length, range(2), (3,))
+        for ids in batch["ids"].tolist():
+            frequent(bytes(ids).decode())
+
+
+def test_words_of_uneven_tokens_fit_and_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ByteTokenizer.encode
+
+    def encode(self: ByteTokenizer, text: str) -> Any:
+        return whole(self, re.sub("[b-m][aei]", "#", text))
+
+    monkeypatch.setattr(ByteTokenizer, "encode", encode)
+    for name in ("frequent_words", "common_words"):
+        task = make(name, zipf=4.0)
+        for length in range(task.shortest(), 3 * task.shortest(), 50):
+            assert task.sample(length, range(4), (1,))["ids"].shape == (4, length)
+
+
+def test_chance_of_facts_is_a_guess_among_those_named() -> None:
+    asked = [Question(["Ann is in Rome.", "Bob is in Oslo."], "Where is Bob?", "Oslo", [1])]
+    asked.append(Question(["Ann is in Bonn."], "Is Ann in Rome?", "no", [0]))
+    assert guess([*asked, Question(["Bob is in Rome."], "Where is Bob?", "Rome", [0])]) == pytest.approx(
+        (1 / 2 + 1 / 3 + 1) / 3
+    )
+    for supporting in (1, 2, 3):
+        share = guess([invent(np.random.default_rng(i), supporting) for i in range(200)])
+        assert 1 / 4 < share < 1 / 2  # of six places a story names two to four
+
+
+def test_values_stated_are_what_recall_is_guessed_from() -> None:
+    task = make("mqar")
+    assert task.chance(512) == pytest.approx(1 / 8 + 7 / 8 / 85)
+
+
+def test_settings_that_cannot_be_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"recent=3: needle, question and answer take \d+ tokens"):
+        make("passkey_recent", recent=3)
+    (tmp_path / "stories.txt").write_bytes(b"1 \xff\xfe")
+    with pytest.raises(ValueError, match=r"stories\.txt: cannot be read"):
         read_questions(str(tmp_path))

@@ -1,6 +1,7 @@
 """What holds of every task: exact length, seeds, parts, chance, and prefixes that prompts share."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from conf.schema import DataConfig, DocumentsConfig
 from conf.tasks import IN_TEXT, TASKS
 from data.sources import locate
 from data.store import TokenStream, build_store
-from data.tasks.registry import build_task
+from data.tasks.registry import build_source, build_task
 from data.tasks.task import Draw, Task
 from data.tokenizers import Tokenizer, load_tokenizer
 
@@ -121,3 +122,11 @@ def test_depth_is_where_it_was_asked_for(name: str, make: Maker) -> None:
     elif name != "facts":  # whose order is its own
         tolerance = 0.4 if name == "passkey_many" else 0.1  # of four keys
         np.testing.assert_allclose(depth, (np.arange(n) + 0.5) / n, atol=tolerance)
+
+
+def test_text_too_short_to_train_in_is_told_before_training(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = prose(tokenizer, tmp_path)
+    data = from_dict(DataConfig, {"name": "niah_essay", "train_length": len(text) + 1})
+    with pytest.raises(ValueError, match=r"data\.train_length=\d+: the documents of one side"):
+        build_source(data, tokenizer, text)
+    build_source(replace(data, train_length=len(text)), tokenizer, text)
