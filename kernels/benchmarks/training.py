@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
+from conf.load import user_errors
 from conf.schema import ModelConfig, option, require
 
 PEERS = ("mamba_ssm",)
@@ -45,6 +46,7 @@ class BenchConfig:
     json: str = option("runs/bench-training.json", "where the numbers go")
 
     def __post_init__(self) -> None:
+        require(self.at_once >= 1, "at_once", self.at_once, "must be at least 1")
         require(bool(self.lengths), "lengths", self.lengths, "name one at least")
         for length in self.lengths:
             fits = length >= 1 and (self.at_once % length == 0 or length % self.at_once == 0)
@@ -223,8 +225,11 @@ def run(config: BenchConfig) -> None:
     """Measure, print the table and write the numbers."""
     import torch
 
+    on_gpu = torch.cuda.is_available()
+    with user_errors():
+        require(on_gpu or not config.cuda_graphs, "cuda_graphs", "true", "needs a CUDA device: leave it out")
     product, device = None, "cpu"
-    if torch.cuda.is_available():
+    if on_gpu:
         from kernels.benchmarks.timing import machine
 
         here = machine()
