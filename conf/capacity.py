@@ -48,8 +48,8 @@ class CapacityConfig:
         require_at_least("capacity", self, 0, "resamples")
         positive = all(factor > 0 for factor in self.retry_lr)
         require(positive, "capacity.retry_lr", self.retry_lr, "every factor must be positive, e.g. 0.5")
-        remedy = "must be above 1, e.g. 2.0"
-        require(self.loss_factor > 1, "capacity.loss_factor", self.loss_factor, remedy)
+        remedy = "must be above 1 and finite, e.g. 2.0"
+        require(1 < self.loss_factor < float("inf"), "capacity.loss_factor", self.loss_factor, remedy)
         for name in ("solved", "holds", "recalled"):
             value = getattr(self, name)
             require(0 < value < 1, f"capacity.{name}", value, "must lie between 0 and 1, e.g. 0.95")

@@ -33,7 +33,8 @@ def capture(compute: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDA
     # is run eagerly must not read a replay's.
     torch.clear_autocast_cache()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # thread_local: other threads may ask things of the device meanwhile, as a loader does that pins memory.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = compute()
     torch.clear_autocast_cache()
     return graph, result
@@ -52,6 +53,7 @@ class StaticInputs:
         if self.state is not None:
             assert state is not None
             for static, value in zip(self.state.tensors(), state.tensors(), strict=True):
+                assert torch.promote_types(static.dtype, value.dtype) == static.dtype  # nothing is rounded
                 static.copy_(value)
 
 
@@ -99,6 +101,8 @@ class _Captured:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # something in it waits for the device
+            if isinstance(error.__context__, torch.OutOfMemoryError):  # then the capture cannot end either
+                raise error.__context__ from None
             reason = " ".join(str(error).split())[:200]
             raise RunError(
                 f"trainer.cuda_graphs=true: cannot be captured ({reason}); leave it out"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
+from conf.load import user_errors
 from conf.schema import ModelConfig, option, require
 
 PEERS = ("mamba_ssm",)
@@ -45,6 +46,7 @@ class BenchConfig:
     json: str = option("runs/bench-training.json", "where the numbers go")
 
     def __post_init__(self) -> None:
+        require(self.at_once >= 1, "at_once", self.at_once, "must be at least 1")
         require(bool(self.lengths), "lengths", self.lengths, "name one at least")
         for length in self.lengths:
             fits = length >= 1 and (self.at_once % length == 0 or length % self.at_once == 0)
@@ -114,6 +116,8 @@ def _measure(config: BenchConfig, system: str, length: int) -> Row:
     on_gpu = device.type == "cuda"
     rows, segment = _split(config, length)
     torch.manual_seed(0)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     model = Mamba2LM(config.model()).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     ids = torch.randint(config.vocab_size, (rows, length + 1), device=device)
@@ -143,7 +147,8 @@ def _measure(config: BenchConfig, system: str, length: int) -> Row:
         step()
         if on_gpu:
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            if graphed is None:  # a graph works in what is counted at its capture, not at replays
+                torch.cuda.reset_peak_memory_stats()
         for _ in range(config.rounds):
             step()
     seconds, host = (statistics.median(column) for column in zip(*times[1:], strict=True))
@@ -223,8 +228,11 @@ def run(config: BenchConfig) -> None:
     """Measure, print the table and write the numbers."""
     import torch
 
+    on_gpu = torch.cuda.is_available()
+    with user_errors():
+        require(on_gpu or not config.cuda_graphs, "cuda_graphs", "true", "needs a CUDA device: leave it out")
     product, device = None, "cpu"
-    if torch.cuda.is_available():
+    if on_gpu:
         from kernels.benchmarks.timing import machine
 
         here = machine()

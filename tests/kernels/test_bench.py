@@ -222,9 +222,19 @@ def test_training_at_two_lengths(tmp_path: Path) -> None:
     assert all(row["tokens_per_second"] > 0 and row["peak_gib"] > 0 for row in rows)
 
 
-def test_training_refuses_lengths_that_cannot_be_cut(refused: Callable[..., str]) -> None:
-    said = refused(bench.main, "suite=training", "lengths=[100]", "at_once=64")
-    assert said == "error: lengths=[100]: must divide at_once=64 or be multiples of it\n"
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["lengths=[100]", "at_once=64"], "lengths=[100]: must divide at_once=64 or be multiples of it"),
+        (["at_once=0"], "at_once=0: must be at least 1"),
+        (["cuda_graphs=true"], "cuda_graphs=true: needs a CUDA device: leave it out"),
+    ],
+)
+def test_training_refuses_what_cannot_be(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, settings: list[str], said: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert refused(bench.main, "suite=training", *settings) == f"error: {said}\n"
 
 
 def test_model_suite_keeps_its_arguments_and_rows(tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ MISTAKES = {
         r"evaluate.loss.prompts=1: the noise between prompts",
     ),
     "a bar below the maximum": ({"capacity.loss_factor": 0.9}, r"capacity.loss_factor=0.9: must be above 1"),
+    "no bar": ({"capacity.loss_factor": float("inf")}, r"capacity.loss_factor=inf: must be above 1 and fin"),
     "seeds far apart": ({"train.seeds": [0, 1000]}, r"train.seeds=\[0, 1000\]: must lie within 1000"),
     "a budget of nothing": ({"budget_minutes": 0}, r"budget_minutes=0.0: must be positive"),
 }
