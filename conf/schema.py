@@ -382,6 +382,9 @@ class TrainConfig:
         require(trainer.context_parallel == 1, name, "true", remedy)
         remedy = f"not with initial_state.bptt_segments={segments}, whose gradients leave the micro-batch"
         require(segments == 1, name, "true", remedy)
+        rule = self.mitigation.name
+        remedy = f"not with mitigation.name={rule}, whose scan asks the host where rows stand"
+        require(rule not in ("state_norm", "hard_reset"), name, "true", remedy)
 
     def _check_mitigation(self) -> None:
         rule = self.mitigation

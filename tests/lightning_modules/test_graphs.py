@@ -99,6 +99,7 @@ def test_gradients_add_up_as_without_a_graph(recomputed: list[int], segment: int
         ("trainer.strategy=deepspeed", "use ddp"),
         ("trainer={devices: 2, context_parallel: 2}", "talk within a layer"),
         ("initial_state={name: carried, bptt_segments: 2}", "leave the micro-batch"),
+        ("mitigation={name: hard_reset, every: 64}", "asks the host"),
     ],
 )
 def test_what_no_graph_holds_is_refused(setting: str, said: str) -> None:
