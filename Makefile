@@ -46,7 +46,7 @@ ui: $(STAMP) ## every run in the browser, on 127.0.0.1 only
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true $(VENV)/bin/mlflow ui \
 		--backend-store-uri $(STORE) --host 127.0.0.1 --port $(PORT) --workers 1
 
-test: $(STAMP) ## the tests, about 9 minutes on 2 cores
+test: $(STAMP) ## the tests, about 12 minutes on 2 cores
 	@test $(SERVICES) = no || tests/install_services.sh
 	@$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu" $(ARGS)
 
