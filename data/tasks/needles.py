@@ -63,14 +63,18 @@ class RecentPasskey(TextTask):
         return 1 / (9 * 10 ** (DIGITS - 1))
 
 
-class ManyPasskeys(TextTask):
-    """passkey_many: several named passkeys, one of them asked for. Prompts of a haystack differ in which."""
+class SeveralPasskeys(TextTask):
+    """`needles`: how many are stated."""
 
     def __init__(
         self, tokenizer: Tokenizer, haystack: Haystack, filler_weight: float | None, needles: int
     ) -> None:
         super().__init__(tokenizer, haystack, filler_weight)
         self.needles = needles
+
+
+class ManyPasskeys(SeveralPasskeys):
+    """passkey_many: several named passkeys, one of them asked for. Prompts of a haystack differ in which."""
 
     def story(self, length: int, draw: Draw, shared: Generator, own: Generator) -> Story:
         n = self.needles
@@ -90,14 +94,8 @@ class ManyPasskeys(TextTask):
         return 1 / self.needles
 
 
-class OverwrittenPasskey(TextTask):
+class OverwrittenPasskey(SeveralPasskeys):
     """passkey_overwritten: a passkey stated anew several times; the last statement holds."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, haystack: Haystack, filler_weight: float | None, needles: int
-    ) -> None:
-        super().__init__(tokenizer, haystack, filler_weight)
-        self.needles = needles
 
     def story(self, length: int, draw: Draw, shared: Generator, own: Generator) -> Story:
         last = draw.draw_depth(own)
