@@ -15,7 +15,7 @@ from kernels.conv import causal_conv1d
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.mixer import fused_mixer, takes
 from kernels.norm import gated_rms_norm, rms_norm
-from kernels.ssd import Mitigation, ssd_scan
+from kernels.ssd import Mitigation, Window, ssd_scan
 from lightning_modules.mitigations import AnyMitigation, for_layers
 from lightning_modules.state import LayerState, ModelState
 
@@ -101,6 +101,8 @@ class Mamba2(nn.Module):
         c, zxbcdt, A = self.config, self.in_proj(u), -self.A_log.float().exp()
         D = self.D.float().view(c.n_heads, -1) if c.d_has_hdim else self.D.float()
         if context is None and self._fuses(zxbcdt, mitigation):
+            assert self.conv1d.bias is not None
+            assert not isinstance(state.ssm, Window)
             out, conv_state, ssm_state = fused_mixer(
                 zxbcdt,
                 self.conv1d.weight.squeeze(1),

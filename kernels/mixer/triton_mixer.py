@@ -189,9 +189,10 @@ def _mixer_backward_fake(
 ) -> Gradients:
     dbefore = zxbcdt.new_empty(0) if before is None else like(before)
     dinitial = borders.new_empty(borders.shape[0], *borders.shape[2:])
-    of_numbers = sums.new_empty(4, len(rate))
-    given = (like(t) for t in (zxbcdt, conv_weight, conv_bias))
-    return *given, of_numbers, *(like(t) for t in (D, norm_weight, out_weight)), dbefore, dinitial
+    return (
+        like(zxbcdt), like(conv_weight), like(conv_bias), sums.new_empty(4, len(rate)), like(D), like(norm_weight),
+        like(out_weight), dbefore, dinitial,
+    )  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:

@@ -148,7 +148,7 @@ def test_equals_the_oracles(name: str, check_close: Any) -> None:
 @pytest.mark.parametrize("name", [pytest.param(name, marks=needs_gpu) for name in LARGE])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_equals_the_operators_at_full_size(name: str, dtype: torch.dtype, check_close: Any) -> None:
-    """The kernels for Hopper, slabs and segments make what one operator after another makes, rounded alike."""
+    """The kernels for Hopper, slabs and segments make what one operator after another makes."""
     case = LARGE[name]
     leaves, starts, options = case.leaves(dtype), case.document_starts(), case.options()
     others = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
