@@ -41,12 +41,14 @@ def norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "turns"])
 def norm_backward_kernel(
-    dy, x, z, weight, inverse, dx, dz, partial, stride_dy, stride_x, stride_z, tokens, turns, n_groups, size,
-    GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dy, x, z, weight, inverse, dx, dz, partial, y, stride_dy, stride_x, stride_z, stride_dz,
+    tokens, turns, n_groups, size,
+    GATE: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx, dz (tokens, n_groups * size); partial (programs a group, n_groups * size) fp32: shares of dweight.
 
-    A program takes `turns` times ROWS tokens that follow each other.
+    A program takes `turns` times ROWS tokens that follow each other. AGAIN: y is written too, by the products
+    of the forward kernel in their order: the same bits.
     """
     group = tl.program_id(0) % n_groups
     program = (tl.program_id(0) // n_groups).to(tl.int64)
@@ -61,6 +63,7 @@ def norm_backward_kernel(
         scale = tl.load(inverse + row * n_groups + group, mask=row < tokens, other=0.0)[:, None]
         if GATE == 0:
             n, dn = v * scale, d * w
+            out = n * w
             dweight += d * n
             dv = scale * (dn - n * (tl.sum(dn * n, 1) / size)[:, None])
         else:
@@ -69,16 +72,20 @@ def norm_backward_kernel(
             gate = t * s
             if GATE == 1:
                 n, dn = v * gate * scale, d * w
+                out = n * w
                 dweight += d * n
                 du = scale * (dn - n * (tl.sum(dn * n, 1) / size)[:, None])
                 dv, dgate = du * gate, du * v
             else:
                 n = v * scale
+                out = n * w * gate
                 dweight += d * n * gate
                 dn = d * gate * w
                 dv = scale * (dn - n * (tl.sum(dn * n, 1) / size)[:, None])
                 dgate = d * n * w
-            dt = dgate * s * (1.0 + t * (1.0 - s))
-            tl.store(dz + row[:, None] * channels + c[None, :], dt.to(dz.dtype.element_ty), mask=known)
+            dt = dgate * (s + gate * (1.0 - s))
+            tl.store(dz + row[:, None] * stride_dz + c[None, :], dt.to(dz.dtype.element_ty), mask=known)
         tl.store(dx + row[:, None] * channels + c[None, :], dv.to(dx.dtype.element_ty), mask=known)
+        if AGAIN:
+            tl.store(y + row[:, None] * channels + c[None, :], out.to(y.dtype.element_ty), mask=known)
     tl.store(partial + program * channels + c, tl.sum(dweight, 0), mask=channel)

@@ -1,4 +1,7 @@
-"""RMSNorm on Triton kernels as one differentiable operator, `longstate::rms_norm`, gated or not."""
+"""RMSNorm on Triton kernels as one differentiable operator, `longstate::rms_norm`, gated or not.
+
+The launches are plain functions: other operators call them inside their own.
+"""
 
 from typing import Any
 
@@ -42,8 +45,7 @@ def triton_rms_norm(
     return _forward(x, z, weight, eps, n_groups, norm_before_gate, dtype)[0]
 
 
-@torch.library.custom_op("longstate::rms_norm", mutates_args=())
-def _forward(
+def launch_forward(
     x: Tensor,
     z: Tensor | None,
     weight: Tensor,
@@ -52,7 +54,7 @@ def _forward(
     norm_before_gate: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """y, and the inverse root mean square of every token and group (..., n_groups) fp32."""
+    """y in `dtype`, and the inverse root mean square of every token and group (..., n_groups) fp32."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     inverse = x.new_empty(*x.shape[:-1], n_groups, dtype=torch.float32)
     flat, gate = _rows(x), None if z is None else _rows(z)
@@ -64,6 +66,55 @@ def _forward(
             GATE=_gate(z, norm_before_gate), **settings,
         )  # fmt: skip
     return y, inverse
+
+
+def launch_backward(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    inverse: Tensor,
+    n_groups: int,
+    norm_before_gate: bool,
+    dz: Tensor | None = None,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dz (empty without z), dweight.
+
+    dz: where to write it: (..., C), channels side by side, tokens one stride apart, such as a slice of a
+    wider buffer. y: where to write the forward's result again, for a caller that did not keep it:
+    contiguous, of the dtype that it had.
+    """
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if dz is None:
+        dz = _gradient_of_gate(x, z)
+    dy, flat, gate = _rows(dy), _rows(x), None if z is None else _rows(z)
+    settings, size = _settings("norm_backward", BACKWARD_CONFIGS, flat, n_groups), x.shape[-1] // n_groups
+    blocks = triton.cdiv(len(flat), settings["ROWS"])
+    turns = max(1, triton.cdiv(blocks, max(1, settings.pop("PROGRAMS") // n_groups)))
+    programs = triton.cdiv(blocks, turns)
+    partial = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
+    with on_device(x):
+        norm_backward_kernel[(programs * n_groups,)](
+            dy, flat, gate, weight.contiguous(), inverse, dx, dz, partial, y,
+            dy.stride(0), flat.stride(0), 0 if gate is None else gate.stride(0),
+            0 if gate is None else dz.view(gate.shape).stride(0), len(flat), turns, n_groups, size,
+            GATE=_gate(z, norm_before_gate), AGAIN=y is not None, **settings,
+        )  # fmt: skip
+    return dx, dz, partial.sum(0).to(weight.dtype)
+
+
+@torch.library.custom_op("longstate::rms_norm", mutates_args=())
+def _forward(
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    n_groups: int,
+    norm_before_gate: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    return launch_forward(x, z, weight, eps, n_groups, norm_before_gate, dtype)
 
 
 @_forward.register_fake
@@ -90,21 +141,7 @@ def _backward(
     n_groups: int,
     norm_before_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dz (empty without z), dweight."""
-    dx, dz = torch.empty(x.shape, dtype=x.dtype, device=x.device), _gradient_of_gate(x, z)
-    dy, flat, gate = _rows(dy), _rows(x), None if z is None else _rows(z)
-    settings, size = _settings("norm_backward", BACKWARD_CONFIGS, flat, n_groups), x.shape[-1] // n_groups
-    blocks = triton.cdiv(len(flat), settings["ROWS"])
-    turns = max(1, triton.cdiv(blocks, max(1, settings.pop("PROGRAMS") // n_groups)))
-    programs = triton.cdiv(blocks, turns)
-    partial = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
-    with on_device(x):
-        norm_backward_kernel[(programs * n_groups,)](
-            dy, flat, gate, weight.contiguous(), inverse, dx, dz, partial,
-            dy.stride(0), flat.stride(0), 0 if gate is None else gate.stride(0),
-            len(flat), turns, n_groups, size, GATE=_gate(z, norm_before_gate), **settings,
-        )  # fmt: skip
-    return dx, dz, partial.sum(0).to(weight.dtype)
+    return launch_backward(dy, x, z, weight, inverse, n_groups, norm_before_gate)
 
 
 @_backward.register_fake

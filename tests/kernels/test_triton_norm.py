@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import tuning
 from kernels.norm import gated_rms_norm, naive_gated_rms_norm, rms_norm
-from kernels.norm.triton_norm import BACKWARD_CONFIGS, FORWARD_CONFIGS
+from kernels.norm.triton_norm import BACKWARD_CONFIGS, FORWARD_CONFIGS, launch_backward, launch_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5  # fp32 against float64; measured: 5e-7
@@ -134,6 +134,29 @@ def test_inputs_that_are_not_contiguous(how: str) -> None:
 
     for a, b in zip(run(False), run(True), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("gate", ["after", "before"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "n_groups"), [((2, 9, 7), 1), ((2, 31, 20), 2), ((33, 9), 3)])
+def test_backward_writes_where_it_is_told(
+    shape: tuple[int, ...], n_groups: int, dtype: torch.dtype, gate: str
+) -> None:
+    """dz in a slice of a wider buffer, nothing beside it touched; y again, bit for bit."""
+    before, channels = gate == "before", shape[-1]
+    x, z, dy = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(3))
+    weight = torch.randn(channels, device=DEVICE)
+    y, inverse = launch_forward(x, z, weight, 1e-5, n_groups, before, dtype)
+    case = (dy, x, z, weight, inverse, n_groups, before)
+    wanted = launch_backward(*case)
+    wide = torch.full((*shape[:-1], channels + 8), 7.0, device=DEVICE, dtype=dtype)
+    dz, again = wide[..., 3 : 3 + channels], torch.empty_like(y)
+    given = launch_backward(*case, dz=dz, y=again)
+    assert torch.equal(again, y)
+    assert given[1] is dz
+    assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
+    assert (wide[..., :3] == 7).all()
+    assert (wide[..., 3 + channels :] == 7).all()
 
 
 @pytest.mark.parametrize("gate", OPTIONS)
