@@ -190,8 +190,8 @@ def _mixer_backward_fake(
     dbefore = zxbcdt.new_empty(0) if before is None else like(before)
     dinitial = borders.new_empty(borders.shape[0], *borders.shape[2:])
     return (
-        like(zxbcdt), like(conv_weight), like(conv_bias), sums.new_empty(4, len(rate)), like(D), like(norm_weight),
-        like(out_weight), dbefore, dinitial,
+        like(zxbcdt), like(conv_weight), like(conv_bias), sums.new_empty(4, len(rate)), like(D),
+        like(norm_weight), like(out_weight), dbefore, dinitial,
     )  # fmt: skip
 
 
