@@ -198,15 +198,18 @@ def _mixer_backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     *tensors, before, initial, starts, headdim, n_groups, eps, norm_before_gate, low, high = inputs
     ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)  # nor zeros for those, which are as large as what is saved
     ctx.save_for_backward(*tensors, before, starts, *output[3:])
     ctx.options, ctx.has_initial = (headdim, n_groups, eps, norm_before_gate, low, high), initial is not None
 
 
 def _backward(
-    ctx: Any, dout: Tensor, dtail: Tensor | None, dfinal: Tensor | None, *_: Tensor | None
+    ctx: Any, dout: Tensor | None, dtail: Tensor | None, dfinal: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # read once: a second time a checkpoint refuses
     rate, log_alpha, weight, dt_bias = saved[3:7]
+    if dout is None:
+        dout = saved[0].new_zeros(*saved[0].shape[:2], len(saved[9]))
     dfinal = None if dfinal is None else dfinal.contiguous()
     dzxbcdt, dconv_weight, dconv_bias, per_head, dD, dnorm_weight, dout_weight, dbefore, dinitial = (
         _mixer_backward(*saved, *ctx.options, dout.contiguous(), dtail, dfinal)

@@ -39,7 +39,7 @@ DS, DW, LAST, BORDER, X_DY = (gl.constexpr(i) for i in range(5))
 
 @gluon.jit
 def _fetch(
-    x, dy, S, R, xs, dys, Ss, Rs, ring, token, column, line, steps, STAGES: gl.constexpr
+    x, dy, S, R, xs, dys, Ss, Rs, ring, token, column, line, n, steps, STAGES: gl.constexpr
 ):  # fmt: skip
     """Tiles of all heads into a ring of STAGES, each as soon as its place is free."""
     stage, phase = 0, 1
@@ -51,8 +51,8 @@ def _fetch(
         to, of = column + i * x.block_shape[1], line + i * S.block_shape[0]
         tma.async_copy_global_to_shared(x, [token, to], bar, xs.index(stage))
         tma.async_copy_global_to_shared(dy, [token, to], bar, dys.index(stage))
-        tma.async_copy_global_to_shared(R, [of, 0], bar, Rs.index(stage))
-        tma.async_copy_global_to_shared(S, [of, 0], bar, Ss.index(stage))
+        tma.async_copy_global_to_shared(R, [of, n], bar, Rs.index(stage))
+        tma.async_copy_global_to_shared(S, [of, n], bar, Ss.index(stage))
         stage, phase = next_stage(stage, phase, STAGES)
 
 
@@ -66,11 +66,19 @@ def _visible(r, q, documents, DOCUMENTS: gl.constexpr, REVERSED: gl.constexpr):
 
 
 @gluon.jit
+def _places(dx_rows, token, step_dx, column, at_r, at_q, i, count, Q: gl.constexpr):
+    """Pointers of a tile of dx, and which of its rows there are."""
+    line = at_r + (i >> 31)  # see `state_places`
+    lines = dx_rows + token.to(gl.int64) * step_dx + column + i * Q
+    return lines + line[:, None] * step_dx + at_q[None, :], (line < count)[:, None]
+
+
+@gluon.jit
 def _inside(
     xs, dys, Ss, Rs, Bt, Ct, ring, others, fars, vectors, square, doc_v, dxs, dx, dx_rows, sums, inserts,
     documents, D, dsums, dinserts, dD, t, end, T, steps, count, token, column, step_dx,
     BLOCKS: gl.constexpr, STAGES: gl.constexpr, D_KIND: gl.constexpr, DOCUMENTS: gl.constexpr,
-    REVERSED: gl.constexpr,
+    REVERSED: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = xs.dtype
     Q: gl.constexpr = Bt.shape[0]
@@ -152,6 +160,9 @@ def _inside(
         dw_sum += inside + vectors.index(DW).load(rows)
         if D_KIND == 1:
             dD_sum += gl.sum(vectors.index(X_DY).load(columns), 0)
+        if ADD:
+            places, known = _places(dx_rows, token, step_dx, column, at_r, at_q, i, count, Q)
+            gradient += gl.load(places, mask=known, other=0.0).to(gl.float32)
         if count == Q:
             dxs.store(gradient.to(dtype))
             fence_async_shared()
@@ -160,12 +171,13 @@ def _inside(
         if count == Q:
             tma.async_copy_shared_to_global(dx, [token, column + i * Q], dxs)
         else:
-            lines = dx_rows + token.to(gl.int64) * step_dx + column + i * Q
-            line = at_r + (i >> 31)  # see `state_places`
-            places = lines + line[:, None] * step_dx + at_q[None, :]
-            gl.store(places, gradient.to(dtype), mask=(line < count)[:, None])
+            places, known = _places(dx_rows, token, step_dx, column, at_r, at_q, i, count, Q)
+            gl.store(places, gradient.to(dtype), mask=known)
         if i % BLOCKS == BLOCKS - 1:
             of_head = (i // BLOCKS).to(gl.int64) * T + t
+            if ADD:
+                ds_sum += gl.load(dsums + of_head + at_r, mask=at_r < count, other=0.0)
+                dw_sum += gl.load(dinserts + of_head + at_r, mask=at_r < count, other=0.0)
             gl.store(dsums + of_head + at_r, ds_sum, mask=at_r < count)
             gl.store(dinserts + of_head + at_r, dw_sum, mask=at_r < count)
             ds_sum, dw_sum = gl.zeros_like(ds_sum), gl.zeros_like(dw_sum)
@@ -261,9 +273,9 @@ def _through(
 @gluon.jit(do_not_specialize=["T", "first", "chunks", "n_slots", "part_first", "part_length"])
 def hopper_gradient_kernel(
     x, B, C, dy, S, R, dx, dx_rows, sums, inserts, D, documents, slots, dsums, dinserts, dD, dB, dC,
-    T, first, chunks, n_slots, part_first, part_length, step_dx, step_dB, H, G, heads_per_group, splits,
-    P: gl.constexpr, STAGES: gl.constexpr, D_KIND: gl.constexpr, DOCUMENTS: gl.constexpr,
-    VARLEN: gl.constexpr, REVERSED: gl.constexpr,
+    T, first, chunks, n_slots, part_first, part_length, step_dx, step_dB, n, H, G, heads_per_group, splits,
+    P: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, D_KIND: gl.constexpr, DOCUMENTS: gl.constexpr,
+    VARLEN: gl.constexpr, REVERSED: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """One chunk, 1 / splits of the heads of one group.
 
@@ -271,12 +283,14 @@ def hopper_gradient_kernel(
     and the gradients of those that leave. dx_rows: dx's pointer. dsums, dinserts (B, H, T) fp32. dD (slots,
     H) or (slots, H, P) fp32. dB, dC (splits, B, part_length, G, N), from token
     part_first of a row on, of this program's heads. step_dx, step_dB: elements from token to token.
+    n: the first of the state's columns that are looked at, as many as the descriptors' tiles have. All
+    gradients but dB and dC are sums over columns: ADD adds to those of other columns.
     REVERSED: of a scan without decays that runs backwards in time; S then comes from behind, R from before.
     """
     dtype: gl.constexpr = x.dtype
     Q: gl.constexpr = x.block_shape[0]
     BLOCK_P: gl.constexpr = x.block_shape[1]
-    N: gl.constexpr = B.block_shape[1]
+    BLOCK_N: gl.constexpr = B.block_shape[1]
     BLOCKS: gl.constexpr = P // BLOCK_P
 
     pid = gl.program_id(0)
@@ -300,10 +314,10 @@ def hopper_gradient_kernel(
 
     xs = gl.allocate_shared_memory(dtype, [STAGES, Q, BLOCK_P], x.layout)
     dys = gl.allocate_shared_memory(dtype, [STAGES, Q, BLOCK_P], dy.layout)
-    Ss = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_P, N], S.layout)
-    Rs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_P, N], R.layout)
-    Bt = gl.allocate_shared_memory(dtype, [Q, N], B.layout)
-    Ct = gl.allocate_shared_memory(dtype, [Q, N], C.layout)
+    Ss = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_P, BLOCK_N], S.layout)
+    Rs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_P, BLOCK_N], R.layout)
+    Bt = gl.allocate_shared_memory(dtype, [Q, BLOCK_N], B.layout)
+    Ct = gl.allocate_shared_memory(dtype, [Q, BLOCK_N], C.layout)
     square = gl.allocate_shared_memory(dtype, [Q, Q], gl.NVMMASharedLayout.get_default_for([Q, Q], dtype))
     dxs = gl.allocate_shared_memory(dtype, [Q, BLOCK_P], dx.layout)
     fars = gl.allocate_shared_memory(gl.float32, [Q, BLOCK_P], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
@@ -316,8 +330,8 @@ def hopper_gradient_kernel(
     others = barriers(4)
     brought = others.index(BROUGHT)
     mbarrier.expect(brought, B.block_type.nbytes + C.block_type.nbytes)
-    tma.async_copy_global_to_shared(B, [token, g * N], brought, Bt)
-    tma.async_copy_global_to_shared(C, [token, g * N], brought, Ct)
+    tma.async_copy_global_to_shared(B, [token, g * N + n], brought, Bt)
+    tma.async_copy_global_to_shared(C, [token, g * N + n], brought, Ct)
     if DOCUMENTS:
         documents += batch.to(gl.int64) * T
         flat: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
@@ -325,15 +339,15 @@ def hopper_gradient_kernel(
         doc_v.store(doc)
     mbarrier.wait(brought, 0)
     if count < Q:
-        clear_tail(Bt, count, Q, N)
-        clear_tail(Ct, count, Q, N)
+        clear_tail(Bt, count, Q, BLOCK_N)
+        clear_tail(Ct, count, Q, BLOCK_N)
     fence_async_shared()
     cta_barrier()
 
     by_head = (batch.to(gl.int64) * H + head) * T
     sums, inserts, dsums, dinserts = sums + by_head, inserts + by_head, dsums + by_head, dinserts + by_head
     of_group = (split.to(gl.int64) * rows + batch) * part_length + t - part_first
-    of_group = of_group * step_dB + g * N
+    of_group = of_group * step_dB + g * N + n
     dB, dC = dB + of_group, dC + of_group
     if D_KIND == 1:
         D, dD = D + head, dD + slot.to(gl.int64) * H + head
@@ -346,13 +360,13 @@ def hopper_gradient_kernel(
             (_inside, (
                 xs, dys, Ss, Rs, Bt, Ct, ring, others, fars, vectors, square, doc_v, dxs, dx, dx_rows, sums,
                 inserts, documents, D, dsums, dinserts, dD, t, end, T, steps, count, token, column, step_dx,
-                BLOCKS, STAGES, D_KIND, DOCUMENTS, REVERSED,
+                BLOCKS, STAGES, D_KIND, DOCUMENTS, REVERSED, ADD,
             )),
             (_through, (
                 xs, dys, Ss, Rs, Bt, Ct, ring, others, fars, vectors, square, sums, inserts, documents, dB,
                 dC, t, end, T, steps, step_dB, count, BLOCKS, STAGES, DOCUMENTS, REVERSED,
             )),
-            (_fetch, (x, dy, S, R, xs, dys, Ss, Rs, ring, token, column, line, steps, STAGES)),
+            (_fetch, (x, dy, S, R, xs, dys, Ss, Rs, ring, token, column, line, n, steps, STAGES)),
         ],
         [WARPS, 1],
         [240, 24],

@@ -14,9 +14,10 @@ from kernels.ssd.hopper_forward import hopper_forward_kernel
 from kernels.ssd.hopper_gradient import hopper_gradient_kernel
 from kernels.ssd.hopper_reach import hopper_reach_kernel
 from kernels.ssd.hopper_schedule import (
+    COLUMNS,
+    GRADIENT_CONFIGS,
     clip_configs,
     forward_configs,
-    gradient_configs,
     hopper_schedule,
     states_configs,
 )
@@ -244,16 +245,18 @@ class HopperLaunches(Launches):
                 start, length = first * CHUNK, min(chunks * CHUNK, self.length - first * CHUNK)
             shape, step = (splits, self.batch, length, *dB.shape[2:]), self.groups * self.d_state
             parts = (dB.new_empty(shape, dtype=torch.float32), dB.new_empty(shape, dtype=torch.float32))
-        hopper_gradient_kernel[(slots * self.groups * splits,)](
-            self._tokens(self.x, CHANNELS), self._tokens(self.B, self.d_state),
-            self._tokens(self.C, self.d_state),
-            self._tokens(dy, CHANNELS), _held(states, self.d_state), _held(dstates, self.d_state),
-            self._tokens(dx, CHANNELS), dx, sums, inserts, D, self.documents, self._slot_table,
-            dsums, dinserts, dD, *parts, self.length, first, chunks, slots, start, length, _step(dx),
-            step, self.heads, self.groups, heads, splits, P=self.headdim, D_KIND=0 if D is None else D.dim(),
-            DOCUMENTS=self.documents is not None, VARLEN=self.packing is not None, REVERSED=self.reversed,
-            **self._settings("hopper_gradient", gradient_configs(self.d_state)),
-        )  # fmt: skip
+        block_n = min(self.d_state, COLUMNS)
+        for n in range(0, self.d_state, block_n):
+            hopper_gradient_kernel[(slots * self.groups * splits,)](
+                self._tokens(self.x, CHANNELS), self._tokens(self.B, block_n), self._tokens(self.C, block_n),
+                self._tokens(dy, CHANNELS), _held(states, block_n), _held(dstates, block_n),
+                self._tokens(dx, CHANNELS), dx, sums, inserts, D, self.documents, self._slot_table,
+                dsums, dinserts, dD, *parts, self.length, first, chunks, slots, start, length, _step(dx),
+                step, n, self.heads, self.groups, heads, splits, P=self.headdim, N=self.d_state,
+                D_KIND=0 if D is None or n > 0 else D.dim(), DOCUMENTS=self.documents is not None,
+                VARLEN=self.packing is not None, REVERSED=self.reversed, ADD=n > 0,
+                **self._settings("hopper_gradient", GRADIENT_CONFIGS),
+            )  # fmt: skip
         if splits > 1:
             for whole, part in zip((dB, dC), parts, strict=True):
                 whole[:, start : start + length] = part.sum(0)

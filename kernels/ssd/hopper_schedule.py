@@ -8,6 +8,9 @@ from kernels.tuning import Config
 
 SHORTEST_SEGMENT = 8  # chunks
 SLAB_SHARE = 16  # of the chunks of a long row, in one slab
+# Of a state, in one launch of the gradient kernel: more leave its registers no room.
+COLUMNS = 128
+GRADIENT_CONFIGS = tuple(Config(num_warps=4, meta={"STAGES": stages}) for stages in (2, 1))
 
 
 def hopper_schedule(
@@ -62,9 +65,3 @@ def states_configs(d_state: int) -> tuple[Config, ...]:
         Config(num_warps=4, meta={"BLOCK_N": block_n, "STAGES": 3}),
         Config(num_warps=4, meta={"BLOCK_N": max(16, block_n // 2), "STAGES": 3}),
     )
-
-
-def gradient_configs(d_state: int) -> tuple[Config, ...]:
-    """Launch settings of the gradient kernel, the default first."""
-    stages = (2, 1) if d_state <= 128 else (1,)
-    return tuple(Config(num_warps=4, meta={"STAGES": count}) for count in stages)
