@@ -14,9 +14,9 @@ from kernels.tuning import Config, bucket, pick
 
 MAX_WIDTH = 16  # no tile and no segment is shorter
 FORWARD_CONFIGS = (
-    Config(num_warps=4, meta={"BLOCK_T": 16, "BLOCK_C": 128}),
-    Config(num_warps=8, meta={"BLOCK_T": 16, "BLOCK_C": 256}),
-    Config(num_warps=4, meta={"BLOCK_T": 32, "BLOCK_C": 64}),
+    Config(num_warps=1, meta={"SEGMENT": 64, "GROUP": 4, "BLOCK_C": 128}),
+    Config(num_warps=1, meta={"SEGMENT": 64, "GROUP": 8, "BLOCK_C": 128}),
+    Config(num_warps=1, meta={"SEGMENT": 32, "GROUP": 4, "BLOCK_C": 256}),
 )
 BACKWARD_CONFIGS = (
     Config(num_warps=4, meta={"SEGMENT": 64, "GROUP": 4, "ROWS": 4, "BLOCK_C": 128}),
@@ -62,13 +62,14 @@ def launch_forward(
     rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
     y, tail = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(rows, width - 1, channels)
     settings = _settings("conv_forward", FORWARD_CONFIGS, x, weight)
-    table, segments, per_row = _segments(x, cu_seqlens, settings["BLOCK_T"])
+    table, segments, per_row = _segments(x, cu_seqlens, settings["SEGMENT"])
     with on_device(x):
         conv_forward_kernel[((segments + rows) * triton.cdiv(channels, settings["BLOCK_C"]),)](
             x, weight, bias, _dense(before), _bytes(starts), table, cu_seqlens, y, tail,
             *x.stride()[:2], *weight.stride(), length, segments, per_row, channels,
             W=width, BIAS=bias is not None, BEFORE=before is not None, STARTS=starts is not None,
-            ACTIVATION=activation, PACKED=cu_seqlens is not None, **settings,
+            ACTIVATION=activation, PACKED=cu_seqlens is not None, EVEN=channels % settings["BLOCK_C"] == 0,
+            **settings,
         )  # fmt: skip
     return y, tail
 
@@ -109,7 +110,8 @@ def launch_backward(
             *dy.stride()[:2], *x.stride()[:2], *dx.stride()[:2], *weight.stride(),
             x.shape[1], segments, per_row, channels,
             W=width, BIAS=bias is not None, BEFORE=before is not None, STARTS=starts is not None,
-            ACTIVATION=activation, DTAIL=dtail is not None, PACKED=cu_seqlens is not None, **settings,
+            ACTIVATION=activation, DTAIL=dtail is not None, PACKED=cu_seqlens is not None,
+            EVEN=channels % settings["BLOCK_C"] == 0, **settings,
         )  # fmt: skip
     sums = partial.sum(0)
     dweight = sums[:width].t().to(weight.dtype, copy=True, memory_format=torch.contiguous_format)

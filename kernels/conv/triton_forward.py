@@ -1,45 +1,112 @@
-"""Forward kernel of the causal convolution: a tile of tokens and channels a program, taps from shifted loads.
+"""Forward kernel of the causal convolution: each program walks along a segment, its last inputs in registers.
 
-Neighbouring taps hit the L1 cache: memory sees x and y once. The last programs write the final states.
+Every input is loaded and converted once, GROUP tokens ahead of its use. A segment inside one row and one
+document is walked without masks. The last programs of the grid write the final states.
 """
 
-# mypy: allow-incomplete-defs
+# ruff: noqa: RUF005  (Triton knows no unpacking)
+# mypy: ignore-errors
 import triton
 import triton.language as tl
 
 from kernels.conv.triton_rows import locate
+from kernels.conv.triton_step import load, sigmoid, store
 
 
 @triton.jit
-def _sums(
+def _walk(
+    now, window, age, taps, b, x_row, y_row, flags, stride_x_t, left, channel, C,
+    W: tl.constexpr, STARTS: tl.constexpr, ACTIVATION: tl.constexpr, PLAIN: tl.constexpr, EVEN: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """y of `left` tokens. now: the first GROUP inputs; window: the W - 1 before them, fp32.
+
+    age: tokens since the document began; an input `lag` tokens earlier is of the same document if age >= lag.
+    PLAIN: every input is, and GROUP divides `left`.
+    """
+    for base in range(0, left, GROUP):
+        ahead = window[:0]
+        begins = window[:0]
+        for u in tl.static_range(GROUP):
+            i = base + GROUP + u
+            # a whole group follows, or none
+            here = base + GROUP < left if PLAIN else i < left
+            ahead = ahead + (load(x_row + tl.cast(i, tl.int64) * stride_x_t, here, channel, False, EVEN),)
+            if STARTS and not PLAIN:
+                begins = begins + (tl.load(flags + base + u, mask=base + u < left, other=0),)
+        for u in tl.static_range(GROUP):
+            i = base + u
+            if STARTS and not PLAIN:
+                age = tl.where(begins[u] != 0, 0, age + 1)
+            window = window + (now[u].to(tl.float32),)
+            total = b
+            for k in tl.static_range(W):
+                v = window[k]
+                if STARTS and not PLAIN and k < W - 1:
+                    v = tl.where(age >= W - 1 - k, v, 0.0)
+                total += v * taps[k]
+            if ACTIVATION:
+                total = total * sigmoid(total)
+            window = window[1:]
+            store(y_row + tl.cast(i, tl.int64) * C, total, i < left, channel, PLAIN, EVEN)
+        now = ahead
+
+
+@triton.jit
+def _segment(
     x, weight, bias, before, starts, table, y, stride_x_b, stride_x_t, stride_w_c, stride_w_k,
     segment, T, n_segments, per_row, c, C,
     W: tl.constexpr, BIAS: tl.constexpr, BEFORE: tl.constexpr, STARTS: tl.constexpr, ACTIVATION: tl.constexpr,
-    PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    PACKED: tl.constexpr, EVEN: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """y of a segment of BLOCK_T tokens."""
-    batch, row, start, begin, end, first = locate(segment, table, n_segments, per_row, T, BLOCK_T, PACKED)
-    t, channel = start + tl.arange(0, BLOCK_T), (c < C)[None, :]
-    total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    """y of a segment."""
+    batch, row, start, _, end, first = locate(segment, table, n_segments, per_row, T, SEGMENT, PACKED)
+    channel = c < C
+    x_row = x + batch * stride_x_b + start * stride_x_t + c
+    y_row = y + (batch * T + start) * C + c
+    flags = batch
+    if STARTS:
+        flags = starts + batch * T + start
+    left = tl.minimum(end - start, SEGMENT).to(tl.int32)
+    known = (left > 0) & (first == 0)  # the inputs before the segment are x's
+
+    b = tl.zeros((BLOCK_C,), tl.float32)
     if BIAS:
-        total += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-    visible = t < end
-    for lag in tl.static_range(W):
-        if STARTS and lag > 0:
-            begun = t - lag + 1
-            visible = visible & (
-                tl.load(starts + batch * T + begun, mask=(begun >= begin) & (t < end), other=0) == 0
-            )
-        v = _inputs(
-            x + batch * stride_x_b, before, row, t - lag, begin, c, C, stride_x_t, visible[:, None] & channel,
-            first, W, BEFORE,
+        b += load(bias + c, True, channel, True, EVEN).to(tl.float32)
+    taps = (b,)[:0]
+    now = taps
+    window = taps
+    for u in tl.static_range(GROUP):
+        now = now + (load(x_row + tl.cast(u, tl.int64) * stride_x_t, u < left, channel, False, EVEN),)
+    age = left * 0 + W
+    for j in tl.static_range(W - 1):
+        back = W - 1 - j
+        v = load(x_row - tl.cast(back, tl.int64) * stride_x_t, known, channel, False, EVEN).to(tl.float32)
+        if BEFORE:  # noqa: SIM102  (known when compiling, `first` when running)
+            if first:
+                state = before + (row * (W - 1) + j) * C + c
+                v += load(state, left > 0, channel, False, EVEN).to(tl.float32)
+        window = window + (v,)
+        if STARTS:
+            age = tl.where(tl.load(flags - back, mask=known, other=0) != 0, 0, age + 1)
+    plain = known & (left == SEGMENT)
+    if STARTS:
+        i = tl.arange(0, SEGMENT)
+        began = tl.max(tl.load(flags + i, mask=i < left, other=0).to(tl.int32), 0)
+        plain = plain & (began == 0) & (age >= W)
+    for k in tl.static_range(W):
+        w = weight + c * stride_w_c + k * stride_w_k
+        taps = taps + (load(w, True, channel, True, EVEN).to(tl.float32),)
+    if plain:
+        _walk(
+            now, window, age, taps, b, x_row, y_row, flags, stride_x_t, SEGMENT, channel, C,
+            W, STARTS, ACTIVATION, True, EVEN, GROUP,
         )  # fmt: skip
-        w = tl.load(weight + c * stride_w_c + (W - 1 - lag) * stride_w_k, mask=c < C, other=0.0)
-        total += v * w.to(tl.float32)[None, :]
-    if ACTIVATION:
-        total = total * tl.sigmoid(total)
-    place = (batch * T + t)[:, None] * C + c[None, :]
-    tl.store(y + place, total.to(y.dtype.element_ty), mask=(t < end)[:, None] & channel)
+    else:
+        _walk(
+            now, window, age, taps, b, x_row, y_row, flags, stride_x_t, left, channel, C,
+            W, STARTS, ACTIVATION, False, EVEN, GROUP,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -53,33 +120,19 @@ def _final_state(
         batch = row * 0
         begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + row).to(tl.int64), 0), T)
         end = tl.minimum(tl.maximum(tl.load(cu_seqlens + row + 1).to(tl.int64), 0), T)
-    channel = (c < C)[None, :]
-    visible = end >= 0
+    channel = c < C
+    seen = end >= 0
     for lag in tl.static_range(1, W):
+        position = end - lag
         if STARTS and lag > 1:
-            begun = end - lag + 1
-            visible = visible & (tl.load(starts + batch * T + begun, mask=begun >= begin, other=0) == 0)
-        v = _inputs(
-            x + batch * stride_x_b, before, row, end - lag + tl.arange(0, 1), begin, c, C, stride_x_t,
-            visible & channel, True, W, BEFORE,
-        )  # fmt: skip
-        place = (row * (W - 1) + W - 1 - lag) * C + c[None, :]
-        tl.store(tail + place, v.to(tail.dtype.element_ty), mask=channel)
-
-
-@triton.jit
-def _inputs(
-    x, before, row, position, begin, c, C, stride_t, seen, first, W: tl.constexpr, BEFORE: tl.constexpr
-):  # fmt: skip
-    """Inputs (t, c) at `position` (t,) in fp32 where `seen` (t, c): of x from the row's `begin` on, earlier
-    ones of its state, which is looked at only if `first`."""
-    inside = (position >= begin)[:, None]
-    v = tl.load(x + position[:, None] * stride_t + c[None, :], mask=seen & inside, other=0.0).to(tl.float32)
-    if BEFORE:  # noqa: SIM102  (known when compiling, `first` when running)
-        if first:
-            place = ((row + 1) * (W - 1) + position - begin)[:, None] * C + c[None, :]
-            v += tl.load(before + place, mask=seen & ~inside, other=0.0).to(tl.float32)
-    return v
+            begun = position + 1
+            seen = seen & (tl.load(starts + batch * T + begun, mask=begun >= begin, other=0) == 0)
+        inside = position >= begin
+        v = tl.load(x + batch * stride_x_b + position * stride_x_t + c, mask=channel & seen & inside, other=0.0)
+        if BEFORE:
+            state = before + ((row + 1) * (W - 1) + position - begin) * C + c
+            v += tl.load(state, mask=channel & seen & (position < begin), other=0.0)
+        tl.store(tail + (row * (W - 1) + W - 1 - lag) * C + c, v.to(tail.dtype.element_ty), mask=channel)
 
 
 @triton.jit(do_not_specialize=["T", "n_segments", "per_row"])
@@ -88,20 +141,20 @@ def conv_forward_kernel(
     stride_x_b, stride_x_t, stride_w_c, stride_w_k,
     T, n_segments, per_row, C,
     W: tl.constexpr, BIAS: tl.constexpr, BEFORE: tl.constexpr, STARTS: tl.constexpr, ACTIVATION: tl.constexpr,
-    PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    PACKED: tl.constexpr, EVEN: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of channels, fastest, of the segments, then of the rows' final states (rows, W - 1, C)."""
     blocks = tl.cdiv(C, BLOCK_C)
-    segment = (tl.program_id(0) // blocks).to(tl.int64)
+    segment = tl.program_id(0) // blocks
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     if segment < n_segments:
-        _sums(
+        _segment(
             x, weight, bias, before, starts, table, y, stride_x_b, stride_x_t, stride_w_c, stride_w_k,
             segment, T, n_segments, per_row, c, C,
-            W, BIAS, BEFORE, STARTS, ACTIVATION, PACKED, BLOCK_T, BLOCK_C,
+            W, BIAS, BEFORE, STARTS, ACTIVATION, PACKED, EVEN, SEGMENT, GROUP, BLOCK_C,
         )  # fmt: skip
     else:
         _final_state(
-            x, before, starts, cu_seqlens, tail, stride_x_b, stride_x_t, segment - n_segments, T, c, C,
-            W, BEFORE, STARTS, PACKED,
+            x, before, starts, cu_seqlens, tail, stride_x_b, stride_x_t, (segment - n_segments).to(tl.int64),
+            T, c, C, W, BEFORE, STARTS, PACKED,
         )  # fmt: skip

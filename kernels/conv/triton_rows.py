@@ -30,7 +30,7 @@ def segment_table(cu_seqlens: Tensor, length: int, size: int) -> Tensor:
 
 @triton.jit
 def locate(segment, table, n_segments, per_row, T, SIZE: tl.constexpr, PACKED: tl.constexpr):
-    """Of segments: batch, row, first token, first and last + 1 of the row, int64; whether the row begins."""
+    """Of segments (int32): batch, row, first token, first and last + 1 of the row, int64; whether it begins."""
     known = segment < n_segments
     if PACKED:
         row = tl.load(table + segment, mask=known, other=-1)
@@ -39,5 +39,6 @@ def locate(segment, table, n_segments, per_row, T, SIZE: tl.constexpr, PACKED: t
         end = tl.load(table + 3 * n_segments + segment, mask=known, other=0)
         return row * 0, row, start, begin, end, (start == begin) & (row >= 0)
     else:
-        row, start = segment // per_row, segment % per_row * SIZE
+        row = (segment // per_row).to(tl.int64)
+        start = (segment % per_row).to(tl.int64) * SIZE
         return row, row, start, row * 0, tl.where(known, row * 0 + T, start), (start == 0) & known

@@ -22,13 +22,14 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backward kernel walks each segment to its end, in the interpreter slowly: a quarter as far, there.
+    """The kernels walk along segments, in the interpreter slowly: a quarter as far, there.
 
-    So inputs have more segments, and more borders between them. `BACKWARD_CONFIGS` here are the real ones.
+    So inputs have more segments, and more borders between them. The configs imported here are the real ones.
     """
     if DEVICE == "cpu":
-        short = [replace(config, meta=config.meta | {"SEGMENT": 16}) for config in BACKWARD_CONFIGS]
-        monkeypatch.setattr(triton_conv, "BACKWARD_CONFIGS", tuple(short))
+        for name, configs in (("FORWARD_CONFIGS", FORWARD_CONFIGS), ("BACKWARD_CONFIGS", BACKWARD_CONFIGS)):
+            short = [replace(config, meta=config.meta | {"SEGMENT": 16}) for config in configs]
+            monkeypatch.setattr(triton_conv, name, tuple(short))
 
 
 def make(
@@ -96,6 +97,7 @@ def test_without_bias_and_state(activation: bool, check_close: Any) -> None:
 def test_every_config_equals_the_oracle(
     index: int, check_close: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(triton_conv, "FORWARD_CONFIGS", FORWARD_CONFIGS)
     monkeypatch.setattr(triton_conv, "BACKWARD_CONFIGS", BACKWARD_CONFIGS)
     assert len(FORWARD_CONFIGS) == len(BACKWARD_CONFIGS) == tuning.MOST_CONFIGS
     with tuning.forced("conv_forward", index), tuning.forced("conv_backward", index):
