@@ -13,8 +13,9 @@ from conf.schema import ModelConfig
 from kernels.context import Context
 from kernels.conv import causal_conv1d
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.mixer import fused_mixer, takes
 from kernels.norm import gated_rms_norm, rms_norm
-from kernels.ssd import Mitigation, ssd_scan
+from kernels.ssd import Mitigation, Window, ssd_scan
 from lightning_modules.mitigations import AnyMitigation, for_layers
 from lightning_modules.state import LayerState, ModelState
 
@@ -62,7 +63,8 @@ class GatedRMSNorm(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """in_proj -> causal convolution -> SSD scan -> gated RMSNorm -> out_proj."""
+    """in_proj -> causal convolution -> SSD scan -> gated RMSNorm -> out_proj. On a GPU all but in_proj is one
+    operator, unless something stands in for one of its parts or a mitigation is composed of several scans."""
 
     # What stands in for `ssd_scan` while a probe reads along: the same function, seen from outside.
     scan: Callable[..., tuple[Tensor, Any]] | None = None
@@ -96,12 +98,36 @@ class Mamba2(nn.Module):
         position: (B,), tokens since the row's document began, before these.
         context: the ranks that hold the other pieces of the rows, if u is a piece.
         """
-        c = self.config
+        c, zxbcdt, A = self.config, self.in_proj(u), -self.A_log.float().exp()
+        D = self.D.float().view(c.n_heads, -1) if c.d_has_hdim else self.D.float()
+        if context is None and self._fuses(zxbcdt, mitigation):
+            assert self.conv1d.bias is not None
+            assert not isinstance(state.ssm, Window)
+            out, conv_state, ssm_state = fused_mixer(
+                zxbcdt,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                self.dt_bias,
+                A,
+                D,
+                self.norm.weight,
+                self.out_proj.weight.to(zxbcdt.dtype),
+                headdim=c.headdim,
+                n_groups=c.n_groups,
+                eps=c.norm_eps,
+                norm_before_gate=c.norm_before_gate,
+                dt_limit=c.dt_limit,
+                mitigation=mitigation,
+                conv_state=state.conv,
+                initial_state=state.ssm,
+                document_starts=document_starts,
+            )
+            return out, LayerState(conv=conv_state, ssm=ssm_state)
         convolve: Callable[..., tuple[Tensor, Tensor]] = causal_conv1d
         scan = self.scan or ssd_scan
         if context is not None:
             convolve, scan = context.causal_conv1d, context.ssd_scan
-        z, xBC, dt = self.in_proj(u).split([c.d_inner, c.conv_dim, c.n_heads], dim=-1)
+        z, xBC, dt = zxbcdt.split([c.d_inner, c.conv_dim, c.n_heads], dim=-1)
         xBC, conv_state = convolve(
             xBC,
             self.conv1d.weight.squeeze(1),
@@ -113,10 +139,10 @@ class Mamba2(nn.Module):
         y, ssm_state = scan(
             x.unflatten(-1, (c.n_heads, c.headdim)),
             dt,
-            -self.A_log.float().exp(),
+            A,
             B.unflatten(-1, (c.n_groups, c.d_state)),
             C.unflatten(-1, (c.n_groups, c.d_state)),
-            D=self.D.float().view(c.n_heads, -1) if c.d_has_hdim else self.D.float(),
+            D=D,
             initial_state=state.ssm,
             document_starts=document_starts,
             dt_bias=self.dt_bias,
@@ -128,6 +154,10 @@ class Mamba2(nn.Module):
         )
         out = self.out_proj(self.norm(y.flatten(2), z))
         return out, LayerState(conv=conv_state, ssm=ssm_state)
+
+    def _fuses(self, zxbcdt: Tensor, mitigation: Mitigation) -> bool:
+        """Whether all that follows is one operator."""
+        return zxbcdt.is_cuda and self.scan is None and takes(mitigation)
 
 
 def _initial_dt_bias(config: ModelConfig) -> Tensor:

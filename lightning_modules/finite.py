@@ -8,6 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels.ssd import ssd_scan
+from lightning_modules.backbone import Mamba2
 from lightning_modules.state import ModelState
 
 
@@ -94,6 +96,9 @@ def watch_forward(model: nn.Module) -> Iterator[list[str]]:
             found.append(f"the output of {name}")
 
     handles = []
+    mixers = [m for m in model.modules() if isinstance(m, Mamba2) and m.scan is None]
+    for mixer in mixers:
+        mixer.scan = ssd_scan  # one operator after another: between the parts of a fused one are no modules
     for name, module in model.named_modules():
         if name:
             handles.append(module.register_forward_pre_hook(lambda _, args, name=name: before(name, args)))
@@ -103,6 +108,8 @@ def watch_forward(model: nn.Module) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
+        for mixer in mixers:
+            mixer.scan = None
 
 
 def _floats(value: Any) -> Iterator[Tensor]:

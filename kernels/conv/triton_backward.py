@@ -49,7 +49,7 @@ def step(window, pending, age, input, dy, begins, taps, b, STARTS: tl.constexpr,
 @triton.jit(do_not_specialize=["T", "n_segments", "per_row"])
 def conv_backward_kernel(
     dy, dtail, x, weight, bias, before, starts, table, dx, dbefore, partial,
-    stride_dy_b, stride_dy_t, stride_x_b, stride_x_t, stride_w_c, stride_w_k,
+    stride_dy_b, stride_dy_t, stride_x_b, stride_x_t, stride_dx_b, stride_dx_t, stride_w_c, stride_w_k,
     T, n_segments, per_row, C,
     W: tl.constexpr, BIAS: tl.constexpr, BEFORE: tl.constexpr, STARTS: tl.constexpr, ACTIVATION: tl.constexpr,
     DTAIL: tl.constexpr, PACKED: tl.constexpr,
@@ -71,7 +71,7 @@ def conv_backward_kernel(
         flags = starts + batch * T + start
     x_row = x + (batch * stride_x_b + start * stride_x_t)[:, None] + c[None, :]
     dy_row = dy + (batch * stride_dy_b + start * stride_dy_t)[:, None] + c[None, :]
-    dx_row = dx + ((batch * T + start) * C)[:, None] + c[None, :]
+    dx_row = dx + (batch * stride_dx_b + start * stride_dx_t)[:, None] + c[None, :]
     states = (row * (W - 1) * C)[:, None] + c[None, :]
     left = end - start  # tokens to the end of the row
     live = (segment < n_segments) & (row >= 0)  # others fill up the grid: they have no row, nor its states
@@ -127,7 +127,7 @@ def conv_backward_kernel(
             window, pending = window[1:], pending[1:]
             place = i - (W - 1)
             tl.store(
-                dx_row + place * C, oldest.to(dx.dtype.element_ty),
+                dx_row + place * stride_dx_t, oldest.to(dx.dtype.element_ty),
                 mask=((place >= 0) & (place < left))[:, None] & cols,
             )  # fmt: skip
             if BEFORE:
@@ -150,7 +150,9 @@ def conv_backward_kernel(
             oldest += _of_tail(dtail, states, i - left, live, age, C, cols, W, STARTS)
         window, pending = window[1:], pending[1:]
         place = i - (W - 1)
-        tl.store(dx_row + place * C, oldest.to(dx.dtype.element_ty), mask=(place < left)[:, None] & cols)
+        tl.store(
+            dx_row + place * stride_dx_t, oldest.to(dx.dtype.element_ty), mask=(place < left)[:, None] & cols
+        )
 
     out = partial + program * (W + 1) * C + c
     tl.store(out + W * C, tl.sum(sums[0], 0), mask=channel)

@@ -47,8 +47,7 @@ def triton_causal_conv1d(
     return _forward(x, before, weight, bias, starts, cu_seqlens, activation)
 
 
-@torch.library.custom_op("longstate::causal_conv1d", mutates_args=())
-def _forward(
+def launch_forward(
     x: Tensor,
     before: Tensor | None,
     weight: Tensor,
@@ -57,6 +56,7 @@ def _forward(
     cu_seqlens: Tensor | None,
     activation: bool,
 ) -> tuple[Tensor, Tensor]:
+    """y and the final states, as `triton_causal_conv1d`; no operator, for another operator to call."""
     x = _dense_channels(x)
     (batch, length, channels), width = x.shape, weight.shape[1]
     rows = batch if cu_seqlens is None else len(cu_seqlens) - 1
@@ -71,6 +71,62 @@ def _forward(
             ACTIVATION=activation, PACKED=cu_seqlens is not None, **settings,
         )  # fmt: skip
     return y, tail
+
+
+def launch_backward(
+    dy: Tensor,
+    dtail: Tensor | None,
+    x: Tensor,
+    before: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    starts: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: bool,
+    dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dbefore, dweight, dbias; empty for what was None. No operator, for another operator to call.
+
+    dx: where to write it, of x's shape with channels side by side, such as a slice of a wider gradient.
+    """
+    x, dy = _dense_channels(x), _dense_channels(dy)
+    channels, width = weight.shape
+    if dx is None:
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if dx.shape != x.shape or dx.stride(-1) != 1:
+        raise ValueError(
+            f"dx has shape {tuple(dx.shape)} and strides {dx.stride()}: it needs x's shape "
+            f"{tuple(x.shape)}, and channels side by side"
+        )
+    settings = _settings("conv_backward", BACKWARD_CONFIGS, x, weight)
+    table, segments, per_row = _segments(x, cu_seqlens, settings["SEGMENT"])
+    programs = triton.cdiv(segments, settings["ROWS"])
+    dbefore = _empty_like(x, before)
+    partial = x.new_empty(programs, width + 1, channels, dtype=torch.float32)
+    with on_device(x):
+        conv_backward_kernel[(programs * triton.cdiv(channels, settings["BLOCK_C"]),)](
+            dy, _dense(dtail), x, weight, bias, _dense(before), _bytes(starts), table, dx, dbefore, partial,
+            *dy.stride()[:2], *x.stride()[:2], *dx.stride()[:2], *weight.stride(),
+            x.shape[1], segments, per_row, channels,
+            W=width, BIAS=bias is not None, BEFORE=before is not None, STARTS=starts is not None,
+            ACTIVATION=activation, DTAIL=dtail is not None, PACKED=cu_seqlens is not None, **settings,
+        )  # fmt: skip
+    sums = partial.sum(0)
+    dweight = sums[:width].t().to(weight.dtype, copy=True, memory_format=torch.contiguous_format)
+    return dx, dbefore, dweight, x.new_empty(0) if bias is None else sums[width].to(bias.dtype, copy=True)
+
+
+@torch.library.custom_op("longstate::causal_conv1d", mutates_args=())
+def _forward(
+    x: Tensor,
+    before: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    starts: Tensor | None,
+    cu_seqlens: Tensor | None,
+    activation: bool,
+) -> tuple[Tensor, Tensor]:
+    return launch_forward(x, before, weight, bias, starts, cu_seqlens, activation)
 
 
 @_forward.register_fake
@@ -101,24 +157,7 @@ def _backward(
     activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dbefore, dweight, dbias; empty for what was None."""
-    x, dy = _dense_channels(x), _dense_channels(dy)
-    channels, width = weight.shape
-    settings = _settings("conv_backward", BACKWARD_CONFIGS, x, weight)
-    table, segments, per_row = _segments(x, cu_seqlens, settings["SEGMENT"])
-    programs = triton.cdiv(segments, settings["ROWS"])
-    dx, dbefore = torch.empty(x.shape, dtype=x.dtype, device=x.device), _empty_like(x, before)
-    partial = x.new_empty(programs, width + 1, channels, dtype=torch.float32)
-    with on_device(x):
-        conv_backward_kernel[(programs * triton.cdiv(channels, settings["BLOCK_C"]),)](
-            dy, _dense(dtail), x, weight, bias, _dense(before), _bytes(starts), table, dx, dbefore, partial,
-            *dy.stride()[:2], *x.stride()[:2], *weight.stride(),
-            x.shape[1], segments, per_row, channels,
-            W=width, BIAS=bias is not None, BEFORE=before is not None, STARTS=starts is not None,
-            ACTIVATION=activation, DTAIL=dtail is not None, PACKED=cu_seqlens is not None, **settings,
-        )  # fmt: skip
-    sums = partial.sum(0)
-    dweight = sums[:width].t().to(weight.dtype, copy=True, memory_format=torch.contiguous_format)
-    return dx, dbefore, dweight, x.new_empty(0) if bias is None else sums[width].to(bias.dtype, copy=True)
+    return launch_backward(dy, dtail, x, before, weight, bias, starts, cu_seqlens, activation)
 
 
 @_backward.register_fake

@@ -68,7 +68,7 @@ def _visible(r, q, documents, DOCUMENTS: gl.constexpr, REVERSED: gl.constexpr):
 @gluon.jit
 def _inside(
     xs, dys, Ss, Rs, Bt, Ct, ring, others, fars, vectors, square, doc_v, dxs, dx, dx_rows, sums, inserts,
-    documents, D, dsums, dinserts, dD, t, end, T, steps, count, token, column, heads_stride,
+    documents, D, dsums, dinserts, dD, t, end, T, steps, count, token, column, step_dx,
     BLOCKS: gl.constexpr, STAGES: gl.constexpr, D_KIND: gl.constexpr, DOCUMENTS: gl.constexpr,
     REVERSED: gl.constexpr,
 ):  # fmt: skip
@@ -160,9 +160,9 @@ def _inside(
         if count == Q:
             tma.async_copy_shared_to_global(dx, [token, column + i * Q], dxs)
         else:
-            lines = dx_rows + token.to(gl.int64) * heads_stride + column + i * Q
+            lines = dx_rows + token.to(gl.int64) * step_dx + column + i * Q
             line = at_r + (i >> 31)  # see `state_places`
-            places = lines + line[:, None] * heads_stride + at_q[None, :]
+            places = lines + line[:, None] * step_dx + at_q[None, :]
             gl.store(places, gradient.to(dtype), mask=(line < count)[:, None])
         if i % BLOCKS == BLOCKS - 1:
             of_head = (i // BLOCKS).to(gl.int64) * T + t
@@ -261,7 +261,7 @@ def _through(
 @gluon.jit(do_not_specialize=["T", "first", "chunks", "n_slots", "part_first", "part_length"])
 def hopper_gradient_kernel(
     x, B, C, dy, S, R, dx, dx_rows, sums, inserts, D, documents, slots, dsums, dinserts, dD, dB, dC,
-    T, first, chunks, n_slots, part_first, part_length, H, G, heads_per_group, splits,
+    T, first, chunks, n_slots, part_first, part_length, step_dx, step_dB, H, G, heads_per_group, splits,
     P: gl.constexpr, STAGES: gl.constexpr, D_KIND: gl.constexpr, DOCUMENTS: gl.constexpr,
     VARLEN: gl.constexpr, REVERSED: gl.constexpr,
 ):  # fmt: skip
@@ -270,7 +270,7 @@ def hopper_gradient_kernel(
     x, B, C, dy, dx: descriptors over tokens; S, R: over (slots * H * P, N), the states that enter the chunks
     and the gradients of those that leave. dx_rows: dx's pointer. dsums, dinserts (B, H, T) fp32. dD (slots,
     H) or (slots, H, P) fp32. dB, dC (splits, B, part_length, G, N), from token
-    part_first of a row on, of this program's heads.
+    part_first of a row on, of this program's heads. step_dx, step_dB: elements from token to token.
     REVERSED: of a scan without decays that runs backwards in time; S then comes from behind, R from before.
     """
     dtype: gl.constexpr = x.dtype
@@ -332,9 +332,8 @@ def hopper_gradient_kernel(
 
     by_head = (batch.to(gl.int64) * H + head) * T
     sums, inserts, dsums, dinserts = sums + by_head, inserts + by_head, dsums + by_head, dinserts + by_head
-    stride = G * N
     of_group = (split.to(gl.int64) * rows + batch) * part_length + t - part_first
-    of_group = of_group * stride + g * N
+    of_group = of_group * step_dB + g * N
     dB, dC = dB + of_group, dC + of_group
     if D_KIND == 1:
         D, dD = D + head, dD + slot.to(gl.int64) * H + head
@@ -346,12 +345,12 @@ def hopper_gradient_kernel(
         [
             (_inside, (
                 xs, dys, Ss, Rs, Bt, Ct, ring, others, fars, vectors, square, doc_v, dxs, dx, dx_rows, sums,
-                inserts, documents, D, dsums, dinserts, dD, t, end, T, steps, count, token, column, H * P,
+                inserts, documents, D, dsums, dinserts, dD, t, end, T, steps, count, token, column, step_dx,
                 BLOCKS, STAGES, D_KIND, DOCUMENTS, REVERSED,
             )),
             (_through, (
                 xs, dys, Ss, Rs, Bt, Ct, ring, others, fars, vectors, square, sums, inserts, documents, dB,
-                dC, t, end, T, steps, stride, count, BLOCKS, STAGES, DOCUMENTS, REVERSED,
+                dC, t, end, T, steps, step_dB, count, BLOCKS, STAGES, DOCUMENTS, REVERSED,
             )),
             (_fetch, (x, dy, S, R, xs, dys, Ss, Rs, ring, token, column, line, steps, STAGES)),
         ],

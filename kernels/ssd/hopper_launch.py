@@ -22,7 +22,7 @@ from kernels.ssd.hopper_schedule import (
 )
 from kernels.ssd.hopper_states import hopper_ends_kernel, hopper_slab_kernel
 from kernels.ssd.hopper_tiles import CHANNELS, CHUNK
-from kernels.ssd.triton_launch import Launches
+from kernels.ssd.triton_launch import Inputs, Launches
 from kernels.ssd.triton_schedule import Schedule, processors
 from kernels.tuning import Config
 
@@ -184,13 +184,14 @@ class HopperLaunches(Launches):
         borders: Tensor,
         dy: Tensor,
         dfinal: Tensor | None,
+        into: Inputs | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         dy = _readable(dy)
         if not self.apart:
-            return super().backward(sums, inserts, D, borders, dy, dfinal)
+            return super().backward(sums, inserts, D, borders, dy, dfinal, into)
         assert dfinal is None
         dinitial = self.state()
-        return *self.all_gradients(sums, inserts, D, None, None, dy, dinitial), dinitial
+        return *self.all_gradients(sums, inserts, D, None, None, dy, dinitial, into), dinitial
 
     def reversed_gradients(
         self, inserts: Tensor, dy: Tensor
@@ -237,19 +238,19 @@ class HopperLaunches(Launches):
         splits = 1  # of a group's heads, while fewer than half of the processors have work
         while 2 * slots * self.groups * splits <= processors(self.x.device) and heads % (2 * splits) == 0:
             splits *= 2
-        parts, start, length = (dB, dC), 0, self.length
+        parts, start, length, step = (dB, dC), 0, self.length, _step(dB)
         if splits > 1:
             if self.packing is None:
                 start, length = first * CHUNK, min(chunks * CHUNK, self.length - first * CHUNK)
-            shape = (splits, self.batch, length, *dB.shape[2:])
+            shape, step = (splits, self.batch, length, *dB.shape[2:]), self.groups * self.d_state
             parts = (dB.new_empty(shape, dtype=torch.float32), dB.new_empty(shape, dtype=torch.float32))
         hopper_gradient_kernel[(slots * self.groups * splits,)](
             self._tokens(self.x, CHANNELS), self._tokens(self.B, self.d_state),
             self._tokens(self.C, self.d_state),
             self._tokens(dy, CHANNELS), _held(states, self.d_state), _held(dstates, self.d_state),
             self._tokens(dx, CHANNELS), dx, sums, inserts, D, self.documents, self._slot_table,
-            dsums, dinserts, dD, *parts, self.length, first, chunks, slots, start, length, self.heads,
-            self.groups, heads, splits, P=self.headdim, D_KIND=0 if D is None else D.dim(),
+            dsums, dinserts, dD, *parts, self.length, first, chunks, slots, start, length, _step(dx),
+            step, self.heads, self.groups, heads, splits, P=self.headdim, D_KIND=0 if D is None else D.dim(),
             DOCUMENTS=self.documents is not None, VARLEN=self.packing is not None, REVERSED=self.reversed,
             **self._settings("hopper_gradient", gradient_configs(self.d_state)),
         )  # fmt: skip
@@ -284,8 +285,10 @@ def _held(states: Tensor, width: int) -> TensorDescriptor:
 
 
 def _step(t: Tensor) -> int:
-    """Elements from one token to the next."""
-    return t.stride(1) if t.shape[1] > 1 else t.shape[2] * t.shape[3]
+    """Elements from one token to the next; of rows of one token, from row to row."""
+    if t.shape[1] > 1:
+        return t.stride(1)
+    return t.stride(0) if t.shape[0] > 1 else t.shape[2] * t.shape[3]
 
 
 def _readable(t: Tensor) -> Tensor:

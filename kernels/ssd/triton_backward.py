@@ -24,15 +24,15 @@ def chunk_gradient_kernel(
     x, B, C, dy, sums, inserts, D, documents, slots, states, dstates,
     dx, dsums, dinserts, dD, dscores,
     stride_x_b, stride_x_t, stride_x_h, stride_B_b, stride_B_t, stride_B_g, stride_C_b, stride_C_t,
-    stride_C_g, stride_dy_b, stride_dy_t, stride_dy_h,
+    stride_C_g, stride_dy_b, stride_dy_t, stride_dy_h, stride_dx_b, stride_dx_t,
     T, first, chunks, n_slots, H, P, N, G, heads_per_group, splits,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, D_KIND: tl.constexpr,
     DOCUMENTS: tl.constexpr, VARLEN: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """One chunk, 1 / splits of the heads of one group.
 
-    states, dstates (slots, H, N, P). dx (B, T, H, P). dsums, dinserts (B, H, T) fp32. dD (slots, H) or
-    (slots, H, P) fp32. dscores (slots, G, splits, Q, Q) fp32, (r, q).
+    states, dstates (slots, H, N, P). dx (B, T, H, P), heads side by side. dsums, dinserts (B, H, T) fp32. dD
+    (slots, H) or (slots, H, P) fp32. dscores (slots, G, splits, Q, Q) fp32, (r, q).
     """
     pid = tl.program_id(0).to(tl.int64)
     split, rest = pid % splits, pid // splits
@@ -109,7 +109,9 @@ def chunk_gradient_kernel(
         elif D_KIND == 2:
             gradient += dy32 * tl.load(D + h * P + p, mask=p < P, other=0.0)[None, :]
             tl.store(dD + (slot * H + h) * P + p, tl.sum(x32 * dy32, 0), mask=p < P)
-        place = dx + ((batch * T + t0) * H + h) * P + (q[:, None] * (H * P) + p[None, :])
+        place = (
+            dx + (batch * stride_dx_b + t0 * stride_dx_t + h * P) + (q[:, None] * stride_dx_t + p[None, :])
+        )
         tl.store(place, gradient.to(dx.dtype.element_ty), mask=mask_p)
         # row and column sums are equal on the diagonal: taken from each other first, no noise stays there
         ds = (rows - columns * w) + (reading - leaving * w)
@@ -123,12 +125,12 @@ def chunk_gradient_kernel(
 @triton.jit(do_not_specialize=["T", "first", "chunks", "n_slots"])
 def group_gradient_kernel(
     u, V, sums, inserts, documents, slots, states, dscores, out,
-    stride_u_b, stride_u_t, stride_u_h, stride_V_b, stride_V_t, stride_V_g,
+    stride_u_b, stride_u_t, stride_u_h, stride_V_b, stride_V_t, stride_V_g, stride_out_b, stride_out_t,
     T, first, chunks, n_slots, H, P, N, G, heads_per_group, splits,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, OF_C: tl.constexpr, 
     DOCUMENTS: tl.constexpr, VARLEN: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """dB or, if OF_C, dC (B, T, G, N) of one chunk and group, BLOCK_N of its columns.
+    """dB or, if OF_C, dC (B, T, G, N), groups side by side, of one chunk and group, BLOCK_N of its columns.
 
     dB_r = sum_q dscores_rq C_q + sum_heads o_r w_r R^T x_r         u, V, states: x, C, gradients R
     dC_q = sum_r dscores_rq B_r + sum_heads f_q S^T dy_q            u, V, states: dy, B, states S
@@ -175,6 +177,8 @@ def group_gradient_kernel(
         V + batch * stride_V_b + t0 * stride_V_t + g * stride_V_g, q, count, n, N, stride_V_t, EVEN
     )
     total = dot(gathered.to(u.dtype.element_ty), V_tile, total)
-    place = out + ((batch * T + t0) * G + g) * N + (q[:, None] * (G * N) + n[None, :])
+    place = (
+        out + (batch * stride_out_b + t0 * stride_out_t + g * N) + (q[:, None] * stride_out_t + n[None, :])
+    )
     mask = known[:, None] if EVEN else known[:, None] & (n < N)[None, :]
     tl.store(place, total.to(out.dtype.element_ty), mask=mask)

@@ -76,14 +76,14 @@ def decay_sums_kernel(
 @triton.jit(do_not_specialize=["T", "chunks", "n_slots"])
 def decay_sums_backward_kernel(
     dt, bias, rate, weight, slots, dsums, dinserts, more, ddt, dinsert, partial,
-    stride_dt_b, stride_dt_t, stride_dt_h,
+    stride_dt_b, stride_dt_t, stride_dt_h, stride_ddt_b, stride_ddt_t,
     low, high, T, chunks, n_slots, H,
     Q: tl.constexpr, BLOCK_H: tl.constexpr, RAW: tl.constexpr, SOFTPLUS: tl.constexpr, LIMIT: tl.constexpr,
     BIAS: tl.constexpr, WEIGHT: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """ddt (B, T, H) and, per chunk, what the per-head numbers gather: partial (slots, 4, H) for rate,
-    log_alpha, weight, bias. dsums: gradient of the chunk sums in natural units; more (B, H, T) or None: that
-    of log decays, beside it. RAW: ddt and dinsert are theirs directly.
+    """ddt (B, T, H), heads side by side, and, per chunk, what the per-head numbers gather: partial
+    (slots, 4, H) for rate, log_alpha, weight, bias. dsums: gradient of the chunk sums in natural units; more
+    (B, H, T) or None: that of log decays, beside it. RAW: ddt and dinsert are theirs directly.
     """
     slot, block = tl.program_id(0) // tl.cdiv(H, BLOCK_H), tl.program_id(0) % tl.cdiv(H, BLOCK_H)
     batch, start, end = chunk_of(slot, slots, T, 0, chunks, n_slots, Q, VARLEN)
@@ -95,10 +95,10 @@ def decay_sums_backward_kernel(
     da = tl.cumsum(ds, 0, reverse=True)
     if more is not None:
         da += tl.load(more + place, mask=known, other=0.0)
-    out = (batch * T + t[:, None]) * H + h[None, :]
+    out = batch * stride_ddt_b + t[:, None] * stride_ddt_t + h[None, :]
     if RAW:
         tl.store(ddt + out, da, mask=known)
-        tl.store(dinsert + out, dw, mask=known)
+        tl.store(dinsert + (batch * T + t[:, None]) * H + h[None, :], dw, mask=known)
     else:
         v = _tile(dt, batch, t, h, stride_dt_b, stride_dt_t, stride_dt_h, known)
         base, slope = _base(v, bias, h, mask_h, low, high, SOFTPLUS, LIMIT, BIAS)

@@ -38,6 +38,9 @@ HEADS_PER_BLOCK, MERGE_BLOCK = 16, 256
 LARGEST = 3.0e38
 
 
+Inputs = tuple[Tensor, Tensor, Tensor]  # x, B and C, or their gradients
+
+
 class Decay(NamedTuple):
     """What retentions and weights come from: dt and numbers per head, or log decays `dt` and `insert`."""
 
@@ -134,23 +137,28 @@ class Launches:
         return sums, inserts
 
     def decay_sums_backward(
-        self, decay: Decay, dsums: Tensor, dinserts: Tensor, more: Tensor | None = None
+        self,
+        decay: Decay,
+        dsums: Tensor,
+        dinserts: Tensor,
+        more: Tensor | None = None,
+        ddt: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """ddt, dinsert (empty unless it was given) and the gradients of the per-head numbers (4, H).
 
-        more (B, H, T): gradients of log decays beside those of their sums.
+        more (B, H, T): gradients of log decays beside those of their sums. ddt: where to write it.
         """
         d, n_slots = decay, self.slots(self.chunks)
         shape = (self.batch, self.length, self.heads)
         raw = d.insert is not None
-        ddt = d.dt.new_empty(shape)
+        ddt = d.dt.new_empty(shape) if ddt is None else ddt
         dinsert = d.dt.new_empty(shape if raw else (0,), dtype=torch.float32)
         partial = self.x.new_empty(
             (0, 4, self.heads) if raw else (n_slots, 4, self.heads), dtype=torch.float32
         )
         decay_sums_backward_kernel[(n_slots * triton.cdiv(self.heads, HEADS_PER_BLOCK),)](
             d.dt, d.bias, d.rate, d.weight, self._slot_table, dsums, dinserts, more, ddt, dinsert, partial,
-            *d.dt.stride(), d.low, d.high, self.length, self.chunks, n_slots, self.heads,
+            *d.dt.stride(), *ddt.stride()[:2], d.low, d.high, self.length, self.chunks, n_slots, self.heads,
             Q=self.plan.chunk, BLOCK_H=HEADS_PER_BLOCK, **d.kinds, VARLEN=self.packing is not None,
         )  # fmt: skip
         return ddt, dinsert, partial.sum(0)
@@ -287,13 +295,18 @@ class Launches:
         borders: Tensor,
         dy: Tensor,
         dfinal: Tensor | None,
+        into: Inputs | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """dx, dB, dC, dsums, dinserts, dD, dinitial."""
+        """dx, dB, dC, dsums, dinserts, dD, dinitial.
+
+        into: where dx, dB and dC are written: each (B, T, heads, columns) with heads side by side, rows
+        behind each other, any step from token to token.
+        """
         dinitial = torch.zeros_like(self.state()) if dfinal is None else dfinal.clone()
         ends: Tensor | None = dinitial
         if self.plan.parallel:
             ends = self.segment_states(dy, self.C, sums, inserts, dfinal, backwards=True)
-        gradients = self.all_gradients(sums, inserts, D, borders, ends, dy, dinitial)
+        gradients = self.all_gradients(sums, inserts, D, borders, ends, dy, dinitial, into)
         return *gradients, dinitial
 
     def all_gradients(
@@ -305,11 +318,13 @@ class Launches:
         ends: Tensor | None,
         dy: Tensor,
         dinitial: Tensor,
+        into: Inputs | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """dx, dB, dC, dsums, dinserts, dD; dinitial in place. borders, ends: as `slab_states` takes them."""
-        x, B, plan = self.x, self.B, self.plan
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dB, dC = (torch.empty(B.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+        x, plan = self.x, self.plan
+        dx, dB, dC = into or (
+            torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, self.B, self.C)
+        )
         dsums, dinserts = torch.empty_like(sums), torch.empty_like(inserts)
         slots = self.slots(plan.slab_chunks)
         buffer = (slots, self.heads, *self.held_shape)
@@ -362,7 +377,7 @@ class Launches:
         chunk_gradient_kernel[(len(dscores),)](
             x, B, C, dy, sums, inserts, D, self.documents, self._slot_table, states, dstates,
             dx, dsums, dinserts, dD, dscores,
-            *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3],
+            *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3], *dx.stride()[:2],
             self.length, first, chunks, slots, *sizes, BLOCK_N=self.block_n,
             D_KIND=0 if D is None else D.dim(), **options,
             **self.pick("chunk_gradient", chunk_gradient_configs(*self.shape)),
@@ -372,8 +387,8 @@ class Launches:
         for u, V, held, out in ((x, C, dstates, dB), (dy, B, states, dC)):
             group_gradient_kernel[(programs,)](
                 u, V, sums, inserts, self.documents, self._slot_table, held, dscores, out,
-                *u.stride()[:3], *V.stride()[:3], self.length, first, chunks, slots, *sizes,
-                OF_C=out is dC, **options, **settings,
+                *u.stride()[:3], *V.stride()[:3], *out.stride()[:2],
+                self.length, first, chunks, slots, *sizes, OF_C=out is dC, **options, **settings,
             )  # fmt: skip
 
     @property

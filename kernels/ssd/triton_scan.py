@@ -27,7 +27,7 @@ def on_hopper(x: Tensor, B: Tensor) -> bool:
     return sizes and x.dtype in HOPPER_DTYPES and is_hopper(x.device)
 
 
-def _launches(x: Tensor, B: Tensor, *rest: Any) -> Launches:
+def launches(x: Tensor, B: Tensor, *rest: Any) -> Launches:
     """The launches of a call."""
     if on_hopper(x, B):
         from kernels.ssd.hopper_launch import HopperLaunches  # needs a Triton that has Gluon
@@ -72,7 +72,7 @@ def _scan(
     """y, final state, chunk sums, insertion weights, states that enter the segments."""
     decay = Decay(dt, rate, log_alpha, weight, bias, insert, softplus, low, high)
     with on_device(x):
-        call = _launches(x, B, C, documents, cu_seqlens, segments)
+        call = launches(x, B, C, documents, cu_seqlens, segments)
         sums, inserts = call.decay_sums(decay)
         y, final, borders = call.forward(sums, inserts, D, initial)
     return y, final, sums, inserts, borders
@@ -98,7 +98,7 @@ def _scan_fake(
     high: float,
     segments: int,
 ) -> Outputs:
-    call = _launches(x, B, C, documents, cu_seqlens, segments)
+    call = launches(x, B, C, documents, cu_seqlens, segments)
     sums = x.new_empty(call.batch, call.heads, call.length, dtype=torch.float32)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return y, call.state(), sums, torch.empty_like(sums), call.state(call.plan.segments)
@@ -134,7 +134,7 @@ def _scan_backward(
     """dx, ddt, gradients of rate, log_alpha, weight and bias (4, H), dinsert, dB, dC, dD, dinitial."""
     decay = Decay(dt, rate, log_alpha, weight, bias, insert, softplus, low, high)
     with on_device(x):
-        call = _launches(x, B, C, documents, cu_seqlens, segments)
+        call = launches(x, B, C, documents, cu_seqlens, segments)
         dx, dB, dC, dsums, dinserts, dD, dinitial = call.backward(sums, inserts, D, borders, dy, dfinal)
         ddt, dinsert, per_head = call.decay_sums_backward(decay, dsums, dinserts)
     return dx, ddt, per_head, dinsert, dB, dC, dD, dinitial
@@ -226,6 +226,16 @@ def numbers_of(document_starts: Tensor | None) -> Tensor | None:
     return document_starts.to(torch.int32).cumsum(1, dtype=torch.int32)
 
 
+def check_state(headdim: int, d_state: int, element_size: int) -> None:
+    """Refuse a state that no kernel of the backward pass holds, where there may be one."""
+    state_bytes = triton.next_power_of_2(headdim) * triton.next_power_of_2(d_state) * element_size
+    if state_bytes > LARGEST_STATE and torch.is_grad_enabled():
+        raise ValueError(
+            f"headdim={headdim}, d_state={d_state}: a state of {state_bytes} bytes is more "
+            f"than the {LARGEST_STATE} of the Triton backward pass: use backend='chunked' or no_grad()"
+        )
+
+
 def triton_scan(
     x: Tensor,
     log_decay: Tensor,
@@ -283,12 +293,7 @@ def _call(
     cu_seqlens: Tensor | None,
     segments: int,
 ) -> tuple[Tensor, Tensor]:
-    state_bytes = triton.next_power_of_2(x.shape[3]) * triton.next_power_of_2(B.shape[3]) * x.element_size()
-    if state_bytes > LARGEST_STATE and torch.is_grad_enabled():
-        raise ValueError(
-            f"headdim={x.shape[3]}, d_state={B.shape[3]}: a state of {state_bytes} bytes is more "
-            f"than the {LARGEST_STATE} of the Triton backward pass: use backend='chunked' or no_grad()"
-        )
+    check_state(x.shape[3], B.shape[3], x.element_size())
     x, B, C = (t if in_reach(t) else t.contiguous() for t in (x, B, C))
     D = None if D is None else D.float().contiguous()
     initial = None if initial is None else initial.float().contiguous()

@@ -186,6 +186,32 @@ def test_a_slice_of_a_projection_equals_a_contiguous_input() -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_gradient_may_be_written_into_a_slice(packed: bool) -> None:
+    """Of a wider buffer, of which nothing else is touched; the launches are what the operators return."""
+    leaves = {name: leaf.detach() for name, leaf in make(1 if packed else 2, 37, channels=7, rows=2).items()}
+    before = leaves["initial_state"].transpose(1, 2).contiguous()
+    borders = torch.tensor([0, 2, 37], device=DEVICE) if packed else None
+    starts = starts_of(leaves["x"].shape[0], 37, 0.1)
+    arguments = (leaves["x"], before, leaves["weight"], leaves["bias"], starts, borders, True)
+    y, tail = triton_conv.launch_forward(*arguments)
+    for a, e in zip((y, tail), torch.ops.longstate.causal_conv1d(*arguments), strict=True):
+        assert torch.equal(a, e)
+    expected = torch.ops.longstate.causal_conv1d_backward(y, tail, *arguments)
+    wide = torch.full((y.shape[0], 40, 20), 5.0, device=DEVICE)
+    around = torch.ones_like(wide, dtype=torch.bool)
+    inside = (slice(None), slice(1, 38), slice(5, 12))
+    around[inside] = False
+    got = triton_conv.launch_backward(y, tail, *arguments, dx=wide[inside])
+    assert got[0].data_ptr() == wide[inside].data_ptr()
+    for a, e in zip(got, expected, strict=True):
+        assert torch.equal(a, e)
+    assert wide[around].eq(5.0).all()
+    for unfit in (wide[..., 5:12], wide[:, 1:38, 5:19:2]):
+        with pytest.raises(ValueError, match="dx has shape"):
+            triton_conv.launch_backward(y, tail, *arguments, dx=unfit)
+
+
 def test_offsets_reach_beyond_32_bits() -> None:
     """Tokens 2^30 elements apart, in memory of which only the tokens are ever touched. Wrapped offsets would
     stay inside it, and read zeros."""
