@@ -15,7 +15,7 @@ from typing import Any
 from conf.load import die, from_command_line, user_errors
 from conf.schema import option, require
 
-TRAINING = ("scan_backward", "step", "conv_backward", "norm_backward")
+TRAINING = ("scan_backward", "step", "conv_backward", "norm_backward", "add_norm_backward")
 
 
 @dataclass(kw_only=True)

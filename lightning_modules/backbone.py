@@ -14,7 +14,7 @@ from kernels.context import Context
 from kernels.conv import causal_conv1d
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.mixer import fused_mixer, takes
-from kernels.norm import gated_rms_norm, rms_norm
+from kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from kernels.ssd import Mitigation, Window, ssd_scan
 from lightning_modules.mitigations import AnyMitigation, for_layers
 from lightning_modules.state import LayerState, ModelState
@@ -35,11 +35,21 @@ class Operators(Protocol):
     def positions(self, position: Tensor, starts: Tensor | None, length: int) -> tuple[Tensor, Tensor]: ...
 
 
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm computed in fp32; under autocast the result is in the dtype of the products that read it."""
+class AddRMSNorm(nn.Module):
+    """Adds a block's branch to the residual stream; RMSNorm of the sum in fp32. Under autocast the norm is in
+    the dtype of the products that read it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, eps=self.eps or 0.0, dtype=_compute_dtype(x))
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+
+    def forward(self, residual: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(..., d_model) each -> the stream with the branch, and its norm. branch: None before any block."""
+        dtype = _compute_dtype(residual)
+        if branch is None:
+            return residual, rms_norm(residual, self.weight, eps=self.eps, dtype=dtype)
+        return add_rms_norm(residual, branch, self.weight, eps=self.eps, dtype=dtype)
 
 
 class GatedRMSNorm(nn.Module):
@@ -168,24 +178,27 @@ def _initial_dt_bias(config: ModelConfig) -> Tensor:
 
 
 class Block(nn.Module):
-    """x + Mamba2(RMSNorm(x)), the residual stream in fp32."""
+    """Mamba2(RMSNorm(x)), x the residual stream in fp32: the norm of the next block adds it to x."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = AddRMSNorm(config)
         self.mixer = Mamba2(config)
 
     def forward(
         self,
-        hidden: Tensor,
+        residual: Tensor,
+        branch: Tensor | None,
         state: LayerState,
         document_starts: Tensor | None,
         position: Tensor,
         mitigation: Mitigation,
         context: Operators | None = None,
-    ) -> tuple[Tensor, LayerState]:
-        out, state = self.mixer(self.norm(hidden), state, document_starts, position, mitigation, context)
-        return hidden + out, state
+    ) -> tuple[Tensor, Tensor, LayerState]:
+        """The stream and the last block's branch -> the stream with it, this block's branch and its state."""
+        residual, u = self.norm(residual, branch)
+        branch, state = self.mixer(u, state, document_starts, position, mitigation, context)
+        return residual, branch, state
 
 
 class Mamba2Backbone(nn.Module):
@@ -196,7 +209,7 @@ class Mamba2Backbone(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=config.init_std)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm_f = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm_f = AddRMSNorm(config)
 
     def forward(
         self,
@@ -207,16 +220,20 @@ class Mamba2Backbone(nn.Module):
         context: Operators | None = None,
     ) -> tuple[Tensor, ModelState]:
         """ids (B, T) int64 -> hidden (B, T, d_model) and the state after the last token."""
-        hidden, length = self.embedding(ids), ids.shape[1]
+        residual, length = self.embedding(ids), ids.shape[1]
+        branch: Tensor | None = None
         if context is None:
             before, after = state.position, _advance(state.position, document_starts, length)
         else:
             before, after = context.positions(state.position, document_starts, length)
         layer_states = []
         for layer, layer_state, mitigation in zip(self.layers, state.layers, mitigations, strict=True):
-            hidden, layer_state = layer(hidden, layer_state, document_starts, before, mitigation, context)
+            residual, branch, layer_state = layer(
+                residual, branch, layer_state, document_starts, before, mitigation, context
+            )
             layer_states.append(layer_state)
-        return self.norm_f(hidden), ModelState(tuple(layer_states), after, state.mitigation)
+        _, hidden = self.norm_f(residual, branch)
+        return hidden, ModelState(tuple(layer_states), after, state.mitigation)
 
 
 def _advance(position: Tensor, document_starts: Tensor | None, length: int) -> Tensor:

@@ -54,7 +54,7 @@ def _results(op: Op, run: Run, given: Inputs, dy: Tensor) -> dict[str, Tensor]:
     prepared = call.prepared(given, dy)
     names: list[str] = []
     if isinstance(call, Differentiated):
-        names = [f"gradient of {name}" for name in leaves(prepared) if name != "dy"]
+        names = [f"gradient of {name}" for name in leaves(prepared)]
     results = call(prepared)
     count = len(results) - len(names)
     return dict(zip([*(f"output {i}" for i in range(count)), *names], results, strict=True))

@@ -77,6 +77,16 @@ def norm_backward(s: Shape) -> Cost:
     return Cost(5 * 2 * s.tokens * s.d_inner)
 
 
+def add_norm(s: Shape) -> Cost:
+    """Reads the stream (fp32) and a branch, writes their sum and its norm."""
+    return Cost(2 * (4 + 2) * s.tokens * s.d_model)
+
+
+def add_norm_backward(s: Shape) -> Cost:
+    """Reads the sum and the gradients of both outputs, writes those of stream and branch."""
+    return Cost((4 + 4 + 2 + 4 + 2) * s.tokens * s.d_model)
+
+
 def layer(s: Shape) -> Cost:
     """u -> out, weights read; in_proj, the scan's products, out_proj."""
     weights = s.d_model * (s.d_in_proj + s.d_inner)

@@ -78,6 +78,13 @@ def norm_inputs(shape: Shape, device: str) -> Inputs:
     return {"x": x, "z": z, "weight": 1 + torch.randn(shape.d_inner, device=device) / 10}
 
 
+def add_norm_inputs(shape: Shape, device: str) -> Inputs:
+    """residual (B, T, d_model) fp32, branch the same in bf16, weight (d_model,) fp32."""
+    stream = torch.randn(shape.batch, shape.length, shape.d_model, device=device)
+    weight = 1 + torch.randn(shape.d_model, device=device) / 10
+    return {"residual": stream, "branch": torch.randn_like(stream, dtype=BF16), "weight": weight}
+
+
 def layer_inputs(shape: Shape, device: str) -> Inputs:
     """u (B, T, d_model) and the `Mamba2` module: projections and convolution bf16, the rest fp32."""
     from lightning_modules.backbone import Mamba2
@@ -112,8 +119,9 @@ def with_gradients(inputs: Inputs) -> Inputs:
 
 
 def cotangent(inputs: Inputs) -> Tensor:
-    """A random gradient of the first output, which has the shape of x or u."""
-    return torch.randn_like(inputs["u" if "u" in inputs else "x"], memory_format=torch.contiguous_format)
+    """A random gradient of the first output, which has the shape of u, x or the residual stream."""
+    like = next(inputs[name] for name in ("u", "x", "residual") if name in inputs)
+    return torch.randn_like(like, memory_format=torch.contiguous_format)
 
 
 def size(inputs: Inputs) -> int:

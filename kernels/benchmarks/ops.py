@@ -20,10 +20,15 @@ Run = Callable[[Inputs], Outputs]
 MAX_NORM, EVERY, WINDOW = 5.0, 64, 4096
 
 
+def _of_the_first(given: Inputs, dy: Tensor) -> Outputs:
+    return (dy,)
+
+
 @dataclass(frozen=True)
 class Op:
-    """inputs: of a shape, on a device. ours: inputs -> outputs, the first the one that gradients start from.
-    oracle: the same in float64, from float64 inputs. graph: timed inside a CUDA graph, as decoding runs."""
+    """inputs: of a shape, on a device. ours: inputs -> outputs. oracle: the same in float64, from float64
+    inputs. starts: inputs and a random tensor -> gradients of the first outputs, where the backward pass
+    starts. graph: timed inside a CUDA graph, as decoding runs."""
 
     name: str
     inputs: Callable[[Shape, str], Inputs]
@@ -33,6 +38,7 @@ class Op:
     shapes: tuple[Shape, ...]
     layouts: tuple[Layout, ...] = LAYOUTS
     backward: bool = False
+    starts: Callable[[Inputs, Tensor], Outputs] = _of_the_first
     graph: bool = False
 
     @property
@@ -42,7 +48,7 @@ class Op:
 
     def call(self, run: Run) -> "Plain | Differentiated":
         """`run` without gradients, or with its backward pass: then those of all leaves follow the outputs."""
-        return Differentiated(run) if self.backward else Plain(run)
+        return Differentiated(run, self.starts) if self.backward else Plain(run)
 
 
 @dataclass(frozen=True)
@@ -64,16 +70,17 @@ class Differentiated:
     """outputs and gradients of inputs and `dy`."""
 
     run: Run
+    starts: Callable[[Inputs, Tensor], Outputs]
 
     def prepared(self, given: Inputs, dy: Tensor) -> Inputs:
-        """Leaves that record gradients, and the gradient of the first output."""
-        return inputs.with_gradients(given) | {"dy": dy}
+        """Leaves that record gradients, and the gradients of the first outputs."""
+        return inputs.with_gradients(given) | {"dy": self.starts(given, dy)}
 
     def __call__(self, given: Inputs) -> Outputs:
         dy = given["dy"]
         given = {name: value for name, value in given.items() if name != "dy"}
         outputs = self.run(given)
-        gradients = torch.autograd.grad(outputs[0], list(inputs.leaves(given).values()), dy)
+        gradients = torch.autograd.grad(outputs[: len(dy)], list(inputs.leaves(given).values()), dy)
         return *(t.detach() for t in outputs), *gradients
 
 
@@ -138,6 +145,21 @@ def _naive_norm(given: Inputs) -> Outputs:
     from kernels.norm import naive_gated_rms_norm
 
     return (naive_gated_rms_norm(**given, eps=1e-5),)
+
+
+def _add_norm(given: Inputs) -> Outputs:
+    from kernels.norm import add_rms_norm
+
+    return add_rms_norm(**given, eps=1e-5, dtype=given["branch"].dtype)
+
+
+def _naive_add_norm(given: Inputs) -> Outputs:
+    total = given["residual"] + given["branch"]
+    return total, total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt() * given["weight"]
+
+
+def _of_sum_and_norm(given: Inputs, dy: Tensor) -> Outputs:
+    return dy, dy.to(given["branch"].dtype)
 
 
 def _layer(given: Inputs) -> Outputs:
@@ -208,6 +230,17 @@ _listed = [
         ours=_norm,
         oracle=_naive_norm,
         shapes=LONG_AND_WIDE,
+    ),
+    *_pair(
+        "add_norm",
+        costs.add_norm,
+        costs.add_norm_backward,
+        inputs=inputs.add_norm_inputs,
+        ours=_add_norm,
+        oracle=_naive_add_norm,
+        shapes=LONG_AND_WIDE,
+        layouts=("contiguous",),
+        starts=_of_sum_and_norm,
     ),
     *_pair(
         "layer",

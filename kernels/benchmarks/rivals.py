@@ -76,6 +76,15 @@ def _mamba_ssm(base: str) -> list[Contender]:
             return (rmsnorm(given["x"], given["weight"], None, **options),)
 
         return [Contender("mamba_ssm", norm)]
+    if base == "add_norm":
+        layer_norm = _mamba("layer_norm").layer_norm_fn
+
+        def add_norm(given: Inputs) -> Outputs:
+            options = {"residual": given["residual"], "eps": 1e-5, "is_rms_norm": True}
+            y, total = layer_norm(given["branch"], given["weight"], None, prenorm=True, **options)
+            return total, y
+
+        return [Contender("mamba_ssm", add_norm)]
     return []
 
 
@@ -180,7 +189,7 @@ def _per_head(given: Inputs) -> Inputs:
 
 
 def _torch(base: str) -> list[Contender]:
-    known = {"conv": _torch_conv, "norm": _torch_norm}
+    known = {"conv": _torch_conv, "norm": _torch_norm, "add_norm": _torch_add_norm}
     return [Contender("torch", known[base])] if base in known else []
 
 
@@ -193,6 +202,12 @@ def _torch_conv(given: Inputs) -> Outputs:
 def _torch_norm(given: Inputs) -> Outputs:
     gated: Tensor = (given["x"] * F.silu(given["z"])).float()
     return (F.rms_norm(gated, given["weight"].shape, given["weight"], 1e-5).to(given["x"].dtype),)
+
+
+def _torch_add_norm(given: Inputs) -> Outputs:
+    total = given["residual"] + given["branch"]
+    y = F.rms_norm(total, given["weight"].shape, given["weight"], 1e-5)
+    return total, y.to(given["branch"].dtype)
 
 
 def _unmitigated(base: str) -> list[Contender]:

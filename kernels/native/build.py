@@ -61,7 +61,8 @@ def call(name: str, *arguments: Tensor | int | float | None) -> None:
     for value in arguments:
         if isinstance(value, Tensor):
             strides = value.stride()
-            assert not strides or strides[-1] == 1 or value.shape[-1] == 1, (name, value.shape, strides)
+            dense = not strides or strides[-1] == 1 or value.shape[-1] == 1 or not value.numel()
+            assert dense, (name, value.shape, strides)
             padding = (0,) * (MAX_DIMS - len(strides))
             words += (value.data_ptr(), DTYPES.get(value.dtype, 0), *strides, *padding)
         elif value is None:

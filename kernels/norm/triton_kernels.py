@@ -15,16 +15,23 @@ def _load(pointer, row, stride, c, known):
 
 @triton.jit(do_not_specialize=["tokens"])
 def norm_forward_kernel(
-    x, z, weight, y, inverse, stride_x, stride_z, eps, tokens, n_groups, size,
-    GATE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, z, weight, branch, total, y, inverse, stride_x, stride_z, stride_branch, eps, tokens, n_groups, size,
+    GATE: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y (tokens, n_groups * size) and inverse (tokens, n_groups) fp32, the inverse root mean squares."""
+    """y (tokens, n_groups * size) and inverse (tokens, n_groups) fp32, the inverse root mean squares.
+
+    ADD: x + branch stands for x, and is written to total, in whose dtype it is read on.
+    """
     group = tl.program_id(0) % n_groups
     row = (tl.program_id(0) // n_groups).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     local = tl.arange(0, BLOCK)
     c = group * size + local
     known = (row < tokens)[:, None] & (local < size)[None, :]
     u = _load(x, row, stride_x, c, known)
+    if ADD:
+        added = (u + _load(branch, row, stride_branch, c, known)).to(total.dtype.element_ty)
+        tl.store(total + row[:, None] * (n_groups * size) + c[None, :], added, mask=known)
+        u = added.to(tl.float32)
     if GATE > 0:
         v = _load(z, row, stride_z, c, known)
         gate = v * tl.sigmoid(v)
@@ -41,14 +48,16 @@ def norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "turns"])
 def norm_backward_kernel(
-    dy, x, z, weight, inverse, dx, dz, partial, y, stride_dy, stride_x, stride_z, stride_dz,
-    tokens, turns, n_groups, size,
-    GATE: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dy, x, z, weight, inverse, dtotal, dx, dz, dbranch, partial, y,
+    stride_dy, stride_x, stride_z, stride_dtotal, stride_dz, tokens, turns, n_groups, size,
+    GATE: tl.constexpr, TOTAL: tl.constexpr, BRANCH: tl.constexpr, AGAIN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dx, dz (tokens, n_groups * size); partial (programs a group, n_groups * size) fp32: shares of dweight.
 
     A program takes `turns` times ROWS tokens that follow each other. AGAIN: y is written too, by the products
-    of the forward kernel in their order: the same bits.
+    of the forward kernel in their order: the same bits. TOTAL: dtotal, another gradient of x, is added to dx.
+    BRANCH: dx is written to dbranch too, in its dtype.
     """
     group = tl.program_id(0) % n_groups
     program = (tl.program_id(0) // n_groups).to(tl.int64)
@@ -85,6 +94,11 @@ def norm_backward_kernel(
                 dgate = d * n * w
             dt = dgate * (s + gate * (1.0 - s))
             tl.store(dz + row[:, None] * stride_dz + c[None, :], dt.to(dz.dtype.element_ty), mask=known)
+        if TOTAL:
+            dv += _load(dtotal, row, stride_dtotal, c, known)
+        if BRANCH:
+            at = dbranch + row[:, None] * channels + c[None, :]
+            tl.store(at, dv.to(dbranch.dtype.element_ty), mask=known)
         tl.store(dx + row[:, None] * channels + c[None, :], dv.to(dx.dtype.element_ty), mask=known)
         if AGAIN:
             tl.store(y + row[:, None] * channels + c[None, :], out.to(y.dtype.element_ty), mask=known)

@@ -38,10 +38,7 @@ def triton_rms_norm(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `kernels.norm.gated_rms_norm`, and with z None as `kernels.norm.rms_norm`; the result in `dtype`."""
-    halves = (torch.float32, torch.bfloat16, torch.float16)
-    for name, given in (("x", x.dtype), ("z", x.dtype if z is None else z.dtype), ("dtype", dtype)):
-        if given not in halves:
-            raise ValueError(f"{name} is {given}: the Triton norm takes float32, bfloat16 and float16")
+    require_dtypes(x=x.dtype, z=x.dtype if z is None else z.dtype, dtype=dtype)
     return _forward(x, z, weight, eps, n_groups, norm_before_gate, dtype)[0]
 
 
@@ -53,17 +50,22 @@ def launch_forward(
     n_groups: int,
     norm_before_gate: bool,
     dtype: torch.dtype,
+    branch: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y in `dtype`, and the inverse root mean square of every token and group (..., n_groups) fp32."""
+    """y in `dtype`, and the inverse root mean square of every token and group (..., n_groups) fp32.
+
+    branch: is added to x first; the sum is written to `total`, contiguous.
+    """
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     inverse = x.new_empty(*x.shape[:-1], n_groups, dtype=torch.float32)
-    flat, gate = _rows(x), None if z is None else _rows(z)
+    flat, gate, added = _rows(x), _rows_if(z), _rows_if(branch)
     settings, size = _settings("norm_forward", FORWARD_CONFIGS, flat, n_groups), x.shape[-1] // n_groups
     with on_device(x):
         norm_forward_kernel[(triton.cdiv(len(flat), settings["ROWS"]) * n_groups,)](
-            flat, gate, weight.contiguous(), y, inverse,
-            flat.stride(0), 0 if gate is None else gate.stride(0), eps, len(flat), n_groups, size,
-            GATE=_gate(z, norm_before_gate), **settings,
+            flat, gate, weight.contiguous(), added, total, y, inverse,
+            flat.stride(0), _stride(gate), _stride(added), eps, len(flat), n_groups, size,
+            GATE=_gate(z, norm_before_gate), ADD=branch is not None, **settings,
         )  # fmt: skip
     return y, inverse
 
@@ -78,17 +80,20 @@ def launch_backward(
     norm_before_gate: bool,
     dz: Tensor | None = None,
     y: Tensor | None = None,
+    dtotal: Tensor | None = None,
+    dbranch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dz (empty without z), dweight.
 
     dz: where to write it: (..., C), channels side by side, tokens one stride apart, such as a slice of a
     wider buffer. y: where to write the forward's result again, for a caller that did not keep it:
-    contiguous, of the dtype that it had.
+    contiguous, of the dtype that it had. dtotal: another gradient of x, added to dx; dbranch: where to write
+    dx a second time, contiguous, rounded to its dtype.
     """
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if dz is None:
         dz = _gradient_of_gate(x, z)
-    dy, flat, gate = _rows(dy), _rows(x), None if z is None else _rows(z)
+    dy, flat, gate, more = _rows(dy), _rows(x), _rows_if(z), _rows_if(dtotal)
     settings, size = _settings("norm_backward", BACKWARD_CONFIGS, flat, n_groups), x.shape[-1] // n_groups
     blocks = triton.cdiv(len(flat), settings["ROWS"])
     turns = max(1, triton.cdiv(blocks, max(1, settings.pop("PROGRAMS") // n_groups)))
@@ -96,10 +101,11 @@ def launch_backward(
     partial = x.new_empty(programs, x.shape[-1], dtype=torch.float32)
     with on_device(x):
         norm_backward_kernel[(programs * n_groups,)](
-            dy, flat, gate, weight.contiguous(), inverse, dx, dz, partial, y,
-            dy.stride(0), flat.stride(0), 0 if gate is None else gate.stride(0),
+            dy, flat, gate, weight.contiguous(), inverse, more, dx, dz, dbranch, partial, y,
+            dy.stride(0), flat.stride(0), _stride(gate), _stride(more),
             0 if gate is None else dz.view(gate.shape).stride(0), len(flat), turns, n_groups, size,
-            GATE=_gate(z, norm_before_gate), AGAIN=y is not None, **settings,
+            GATE=_gate(z, norm_before_gate), TOTAL=more is not None, BRANCH=dbranch is not None,
+            AGAIN=y is not None, **settings,
         )  # fmt: skip
     return dx, dz, partial.sum(0).to(weight.dtype)
 
@@ -173,6 +179,12 @@ def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
+def require_dtypes(**given: torch.dtype) -> None:
+    for name, dtype in given.items():
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} is {dtype}: the Triton norm takes float32, bfloat16 and float16")
+
+
 def _settings(kernel: str, configs: tuple[Config, ...], flat: Tensor, n_groups: int) -> dict[str, Any]:
     tokens, channels = flat.shape
     key = {"C": channels, "groups": n_groups, "dtype": str(flat.dtype)[6:]}
@@ -192,6 +204,14 @@ def _rows(t: Tensor) -> Tensor:
     """t (..., C) as (tokens, C) with channels side by side: where it lies if it can be, else a copy."""
     rows = t.reshape(-1, t.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _rows_if(t: Tensor | None) -> Tensor | None:
+    return None if t is None else _rows(t)
+
+
+def _stride(rows: Tensor | None) -> int:
+    return 0 if rows is None else rows.stride(0)
 
 
 def _gradient_of_gate(x: Tensor, z: Tensor | None) -> Tensor:

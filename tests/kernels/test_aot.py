@@ -60,7 +60,7 @@ def told(rows: list[dict[str, Any]]) -> str:
 
 
 def test_default_settings_fit_at_the_first_shape(tmp_path: Path) -> None:
-    ops = "ops=[scan_backward,conv_backward,norm_backward]"
+    ops = "ops=[scan_backward,conv_backward,norm_backward,add_norm_backward]"
     rows = compile_all(tmp_path / "aot.json", ops, "shapes=[B8 T4096]", "configs=1")
     assert len({r["kernel"] for r in rows}) >= 8
     assert not (bad := [r for r in rows if r["verdict"] not in ("ok", "spills")]), told(bad)

@@ -19,7 +19,7 @@ from kernels.benchmarks.inputs import cotangent, leaves, scan_inputs
 from kernels.benchmarks.operators import BenchConfig
 from kernels.benchmarks.ops import OPS, Inputs, Outputs
 from kernels.benchmarks.rivals import Contender
-from kernels.benchmarks.shapes import SCAN, Shape
+from kernels.benchmarks.shapes import LAYOUTS, SCAN, Shape
 from kernels.benchmarks.suite import chosen
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +72,8 @@ def test_costs_are_those_counted_by_hand() -> None:
     assert costs.scan_backward(shape).bytes == 32768 * 13_440
     assert OPS["scan_backward"].cost(shape).bytes == 32768 * (8768 + 13_440) + state
     assert costs.step(Shape(batch=3, length=1)).bytes == 3 * (2 * state + 2 * (2 * 2048 + 2 * 128 + 32))
+    assert OPS["add_norm"].cost(shape).bytes == 32768 * 1024 * 12
+    assert OPS["add_norm_backward"].cost(shape).bytes == 32768 * 1024 * (12 + 16)
     assert H200.limit(Cost(8_500_000_000, 0)) == pytest.approx(2e-3)
     assert H200.limit(Cost(1, 678_000_000_000)) == pytest.approx(1e-3)
 
@@ -84,7 +86,7 @@ def test_sliced_inputs_are_views_of_what_the_layer_makes() -> None:
     assert given["dt"].stride(1) == 4384
 
 
-@pytest.mark.parametrize("name", [n for n in OPS if n not in ("step", "layer", "layer_backward")])
+@pytest.mark.parametrize("name", [n for n in OPS if OPS[n].layouts == LAYOUTS])
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
 def test_operators_agree_with_their_oracles(name: str, layout: str) -> None:
     ((op, shape),) = chosen([name], [str(TINY)], [layout])
@@ -93,14 +95,16 @@ def test_operators_agree_with_their_oracles(name: str, layout: str) -> None:
     assert 0 < found < check.TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["layer", "layer_backward"])
-def test_layer_agrees_with_its_oracle(name: str) -> None:
+@pytest.mark.parametrize("name", ["add_norm", "add_norm_backward", "layer", "layer_backward"])
+def test_operators_of_one_layout_agree_with_their_oracles(name: str) -> None:
     found = check.error(OPS[name], Contender("ours", OPS[name].ours), TINY, "cpu")
     assert found is not None
     assert 0 < found < check.TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["conv", "conv_backward", "norm", "norm_backward"])
+@pytest.mark.parametrize(
+    "name", ["conv", "conv_backward", "norm", "norm_backward", "add_norm", "add_norm_backward"]
+)
 def test_torch_peers_compute_the_operator(name: str) -> None:
     (peer,), absent = rivals.contenders(OPS[name].base, ["torch"])
     assert not absent
@@ -251,7 +255,7 @@ def test_every_leaf_of_the_layer_gets_a_gradient() -> None:
     given, call = op.inputs(TINY, "cpu"), op.call(op.ours)
     prepared = call.prepared(given, cotangent(given))
     results = call(prepared)
-    assert len(results) == 1 + len(leaves(prepared)) - 1  # the output; dy is no leaf
+    assert len(results) == 1 + len(leaves(prepared))  # the output, and no leaf but the inputs
     assert all(t.abs().sum() > 0 for t in results)
 
 

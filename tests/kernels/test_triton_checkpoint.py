@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.conv import causal_conv1d
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.norm import gated_rms_norm, rms_norm
+from kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from kernels.ssd import ssd_scan
 from kernels.ssd.mitigation import Mitigation
 
@@ -45,6 +45,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "rms_norm": (lambda x, w: rms_norm(x, w, eps=1e-5, backend="triton"), [(1, T, P), (P,)]),
     "gated_norm": (
         lambda x, z, w: gated_rms_norm(x, z, w, eps=1e-5, backend="triton"),
+        [(1, T, P), (1, T, P), (P,)],
+    ),
+    "add_norm": (
+        lambda x, d, w: torch.cat(add_rms_norm(x, d, w, eps=1e-5, backend="triton"), -1),
         [(1, T, P), (1, T, P), (P,)],
     ),
     "cross_entropy": (head, [(1, T, P)]),
