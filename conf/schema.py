@@ -221,8 +221,9 @@ class TrainerConfig:
         "auto", "auto: ddp as soon as there are several devices; deepspeed: ZeRO, see section deepspeed"
     )
     precision: Literal["32-true", "bf16-mixed"] = option("32-true", "bf16-mixed: states, decays in fp32")
-    cuda_graphs: bool = option(
-        False, "launch a micro-batch, forward and backward, as one CUDA graph: faster where few tokens fit"
+    cuda_graphs: bool | None = option(
+        None,
+        "launch a micro-batch, forward and backward, as one CUDA graph; none: where it can be, fits and pays",
     )
     threads: int | None = option(None, "CPU threads of this process; none: all cores")
     log_every: int = option(10, "optimizer steps between logged points")
@@ -371,20 +372,36 @@ class TrainConfig:
             remedy += "0 and python -m lightning_modules.diagnose on a checkpoint"
             require(factor == 0, "probe.factor", factor, remedy)
 
+    def graph_obstacle(self) -> tuple[str, str] | None:
+        """The setting under which a micro-batch cannot be one CUDA graph, and why; None: it can be."""
+        trainer, segments, rule = self.trainer, self.initial_state.bptt_segments, self.mitigation.name
+        ranks = trainer.context_parallel
+        obstacles = (
+            (trainer.accelerator == "cpu", "trainer.accelerator=cpu", "needs a CUDA device"),
+            (
+                trainer.strategy == "deepspeed",
+                "trainer.strategy=deepspeed",
+                "whose hooks a graph would not run: use ddp",
+            ),
+            (ranks > 1, f"trainer.context_parallel={ranks}", "whose ranks talk within a layer"),
+            (
+                segments > 1,
+                f"initial_state.bptt_segments={segments}",
+                "whose gradients leave the micro-batch",
+            ),
+            (
+                rule in ("state_norm", "hard_reset"),
+                f"mitigation.name={rule}",
+                "whose scan asks the host where rows stand",
+            ),
+        )
+        return next(((setting, why) for holds, setting, why in obstacles if holds), None)
+
     def _check_cuda_graphs(self) -> None:
-        if not self.trainer.cuda_graphs:
-            return
-        name, trainer, segments = "trainer.cuda_graphs", self.trainer, self.initial_state.bptt_segments
-        require(trainer.accelerator != "cpu", name, "true", "needs a CUDA device: leave it out on a CPU")
-        remedy = "not with trainer.strategy=deepspeed, whose hooks a graph would not run: use ddp"
-        require(trainer.strategy != "deepspeed", name, "true", remedy)
-        remedy = "not with trainer.context_parallel above 1, whose ranks talk within a layer"
-        require(trainer.context_parallel == 1, name, "true", remedy)
-        remedy = f"not with initial_state.bptt_segments={segments}, whose gradients leave the micro-batch"
-        require(segments == 1, name, "true", remedy)
-        rule = self.mitigation.name
-        remedy = f"not with mitigation.name={rule}, whose scan asks the host where rows stand"
-        require(rule not in ("state_norm", "hard_reset"), name, "true", remedy)
+        obstacle = self.graph_obstacle() if self.trainer.cuda_graphs else None
+        if obstacle is not None:
+            setting, why = obstacle
+            require(False, "trainer.cuda_graphs", "true", f"not with {setting}, {why}; or leave it out")
 
     def _check_mitigation(self) -> None:
         rule = self.mitigation

@@ -10,8 +10,11 @@ import torch
 from lightning_modules.run_dir import RunError
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    return peak_bytes(device) / 2**20
+def peak_memory_mib(device: torch.device, *, graphed: bool = False) -> float:
+    """graphed: what is reserved on a GPU, not what is allocated, where a graph's memory does not show while
+    it is replayed."""
+    peak = torch.cuda.max_memory_reserved(device) if graphed else peak_bytes(device)
+    return peak / 2**20
 
 
 def peak_bytes(device: torch.device) -> int:
