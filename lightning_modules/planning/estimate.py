@@ -35,7 +35,7 @@ class Estimate:
     borders: int  # states between segments
     activations: int
     graphs: int  # what CUDA graphs keep from everything else
-    tokens: int  # ids, targets, weights, losses of the whole rows
+    tokens: int  # ids, targets, weights, losses, log-sum-exps of the whole rows
     device_seconds: float  # to compute the step
     host_seconds: float  # to launch it, kernel by kernel; 0 on a CPU
     graphed: bool  # launched as graphs
@@ -127,7 +127,7 @@ def _estimate(config: TrainConfig, device: Device, graphed: bool) -> Estimate:
         borders=rows * states * (segments if segments > 1 else 1),
         activations=round(activations),
         graphs=_kept_by_graphs(config, activations) if graphed else 0,
-        tokens=rows * length * 32,
+        tokens=rows * length * 36,
         device_seconds=passes * sizes.flops_per_token(c) * tokens / speed,
         host_seconds=launches * c.n_layers * HOST_SECONDS,
         graphed=graphed,
