@@ -7,7 +7,8 @@ from typing import Any
 
 from conf.fields import option, require, require_at_least
 from conf.load import flatten
-from conf.schema import EvaluateConfig, ModelConfig, TrainConfig
+from conf.measure_schema import EvaluateConfig
+from conf.schema import ModelConfig, TrainConfig
 from conf.search_space import Point, grid, parse_space, unfold
 
 RETRY_SEED = 1000  # added to the seed by every retry: no seed of the plan is met again

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from conf.fields import option, require, require_at_least
-from conf.schema import MeasureConfig
+from conf.measure_schema import MeasureConfig
 
 
 @dataclass(kw_only=True)

@@ -17,15 +17,8 @@ from conf.capacity import (
     state_sizes,
 )
 from conf.load import parse
-from conf.schema import (
-    EvaluateConfig,
-    TrackingConfig,
-    TrainConfig,
-    option,
-    require,
-    require_at_least,
-    section,
-)
+from conf.measure_schema import EvaluateConfig
+from conf.schema import TrackingConfig, TrainConfig, option, require, require_at_least, section
 from conf.search_space import Point, Space, corners, grid, parse_space, require_inside, unfold
 from conf.sweep_stages import (
     STAGES,

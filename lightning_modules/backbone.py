@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from conf.schema import ModelConfig
 from kernels.context import Context
 from kernels.conv import causal_conv1d
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import Recall, linear_cross_entropy
 from kernels.mixer import fused_mixer, takes
 from kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from kernels.ssd import Mitigation, Window, ssd_scan
@@ -313,12 +313,16 @@ class Mamba2LM(nn.Module):
         document_starts: Tensor | None = None,
         mitigation: AnyMitigation | None = None,
         context: Context | None = None,
+        recall: Recall | None = None,
     ) -> tuple[Tensor, ModelState]:
-        """-log p(target) of every token (B, T) fp32, without ever holding the full logits."""
+        """-log p(target) of every token (B, T) fp32, without ever holding the full logits.
+
+        recall: for tokens that are read twice (`kernels.cross_entropy`).
+        """
         hidden, state = self.hidden(
             ids, state, document_starts=document_starts, mitigation=mitigation, context=context
         )
-        return linear_cross_entropy(hidden, self.lm_head.weight, targets), state
+        return linear_cross_entropy(hidden, self.lm_head.weight, targets, recall=recall), state
 
     def generate(
         self,

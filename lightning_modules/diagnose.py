@@ -15,7 +15,7 @@ config.yaml, result.json and figures/, and records an MLflow run. docs/collapse.
 """
 
 from conf.load import from_command_line, user_errors
-from conf.schema import DiagnoseConfig
+from conf.measure_schema import DiagnoseConfig
 from lightning_modules.termination import Termination
 
 

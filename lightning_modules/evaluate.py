@@ -33,7 +33,7 @@ ones are found).
 """
 
 from conf.load import from_command_line, user_errors
-from conf.schema import EvaluateConfig
+from conf.measure_schema import EvaluateConfig
 from lightning_modules.termination import Termination
 
 

@@ -106,7 +106,8 @@ def fit(run: RunDir) -> dict[str, Any]:
             raise
         except (RuntimeError, MemoryError) as error:
             step = trainer.global_step
-            raise out_of_memory(error, step) or lost_rank(error, step) or error from None
+            lack = out_of_memory(error, step, graphed=module.eager_because is None)
+            raise lack or lost_rank(error, step) or error from None
         steps = trainer.global_step
         if saving.pruned:
             tracker.set_tags({"pruned": "true"})

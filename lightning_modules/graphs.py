@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_modules.run_dir import RunError
 from lightning_modules.state import ModelState
 
 WARM_UP = 3  # eager calls before a capture: kernels are compiled and tuned, buffers allocated
@@ -18,25 +17,32 @@ Batch = dict[str, Tensor]
 T = TypeVar("T")
 
 
+class CaptureError(RuntimeError):
+    """Why something cannot be captured, in one line. What it computes can still be launched as always."""
+
+
 def capture(compute: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
     """`compute` as a graph and its result, whose tensors every replay overwrites.
 
     pool: memory shared with other graphs, of which one runs at a time (`torch.cuda.graph_pool_handle`).
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
             compute()
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(side)
     # Weights that autocast has cast are remembered until it ends: a replay must cast the new ones, and what
     # is run eagerly must not read a replay's.
     torch.clear_autocast_cache()
     graph = torch.cuda.CUDAGraph()
     # thread_local: other threads may ask things of the device meanwhile, as a loader does that pins memory.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = compute()
-    torch.clear_autocast_cache()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = compute()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own
+        torch.clear_autocast_cache()
     return graph, result
 
 
@@ -65,6 +71,7 @@ class GraphedLoss:
 
     loss_of: batch, state -> loss (), final state; nothing in it may wait for the device.
     To autograd the loss is one operation on `parameters`; gradients are there before they are asked for.
+    Raises CaptureError, or OutOfMemoryError, for a shape that cannot be captured.
     """
 
     def __init__(self, loss_of: Loss, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
@@ -103,10 +110,7 @@ class _Captured:
         except RuntimeError as error:  # something in it waits for the device
             if isinstance(error.__context__, torch.OutOfMemoryError):  # then the capture cannot end either
                 raise error.__context__ from None
-            reason = " ".join(str(error).split())[:200]
-            raise RunError(
-                f"trainer.cuda_graphs=true: cannot be captured ({reason}); leave it out"
-            ) from error
+            raise CaptureError(" ".join(str(error).split())[:200]) from error
 
     def replay(self, batch: Batch, state: ModelState | None) -> None:
         self.inputs.fill(batch, state)

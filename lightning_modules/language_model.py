@@ -1,6 +1,8 @@
 """The model as Lightning trains it: loss, optimizer, and metrics that do not depend on how a batch is cut."""
 
+import gc
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +26,12 @@ from lightning_modules.finite import (
     watch_forward,
 )
 from lightning_modules.gradient_norms import norms_by_group
-from lightning_modules.graphs import GraphedLoss
+from lightning_modules.graphs import CaptureError, GraphedLoss
 from lightning_modules.initial_state import Batch, FittedNoise, InitialState, Noise, Passed, Rows
 from lightning_modules.mitigations import build_mitigation
 from lightning_modules.optim import build_optimizer, build_schedule
+from lightning_modules.planning.estimate import why_eager
+from lightning_modules.planning.measure import device_here
 from lightning_modules.run_dir import RunError
 from lightning_modules.segments import hidden_by_segments, segmented_losses
 from lightning_modules.state import ModelState
@@ -65,10 +69,12 @@ class LanguageModel(pl.LightningModule):
         self._micro_batches: list[tuple[Batch, ModelState | None]] = []
         self._step_weight = torch.ones(())  # of the optimizer step, on all ranks
         self.context: Context | None = None  # the ranks that share this one's rows
+        self.eager_because: str | None = "no CUDA device"  # why micro-batches are no graphs; None: they are
         self._graphed: GraphedLoss | None = None
 
     def setup(self, stage: str) -> None:
-        """Find the ranks of a 2-D mesh, data x context, that hold other pieces of this rank's rows."""
+        """Find the ranks of a 2-D mesh, data x context, that hold other pieces of this rank's rows; decide
+        whether its micro-batches become CUDA graphs."""
         size, world = self.config.trainer.context_parallel, self.trainer.world_size
         if size > 1 and self.context is None:
             mesh = init_device_mesh(
@@ -77,6 +83,8 @@ class LanguageModel(pl.LightningModule):
                 mesh_dim_names=("data", "context"),
             )
             self.context = Context(mesh.get_group("context"))
+        if stage == "fit" and self.trainer.strategy.root_device.type == "cuda":
+            self.eager_because = why_eager(self.config, device_here(self.config, cpu=False))
 
     def configure_model(self) -> None:
         """Build the model once; initial weights depend on the seed alone.
@@ -95,9 +103,7 @@ class LanguageModel(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        if self.config.trainer.cuda_graphs:
-            if self.device.type != "cuda":
-                raise RunError("trainer.cuda_graphs=true: needs a CUDA device; leave it out")
+        if self.eager_because is None:
             names = ("ids", "targets", "loss_weight", "document_starts")
             self._graphed = GraphedLoss(self._weighted_loss, list(self.parameters()), names)
 
@@ -113,12 +119,37 @@ class LanguageModel(pl.LightningModule):
         if part == 0:
             self._step_weight = self.trainer.strategy.reduce(batch["step_weight"].clone(), reduce_op="sum")
         state = self.initial_state.begin(self.model, batch, rows)
-        loss, final = (self._graphed or self._weighted_loss)(batch, state)
+        loss, final = self._launch(batch, state)
         self.initial_state.end(batch, rows, final)
         self._add("loss", loss.detach())
         self._add("weight", batch["loss_weight"].sum())
         self._micro_batches.append((batch, None if state is None else state.detach()))
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size / self._step_weight)
+
+    def _launch(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
+        """`_weighted_loss`, as a graph where there may be one. Raises RunError if it was asked for and
+        cannot be captured; else this rank goes on without, with one warning."""
+        if self._graphed is not None:
+            try:
+                return self._graphed(batch, state)
+            except CaptureError as error:
+                self.eager_because = f"cannot be captured: {error}"
+                if self.config.trainer.cuda_graphs:
+                    raise RunError(f"trainer.cuda_graphs=true: {self.eager_because}; leave it out") from error
+            except torch.OutOfMemoryError:
+                if self.config.trainer.cuda_graphs:
+                    raise
+                self.eager_because = "no memory for them"
+            self._graphed = None  # and what it holds goes back
+            gc.collect()
+            torch.cuda.empty_cache()
+            print(
+                f"warning: cuda graphs: off from step {self.global_step} on ({self.eager_because}); "
+                "trainer.cuda_graphs=false says so from the start",
+                file=sys.stderr,
+                flush=True,
+            )
+        return self._weighted_loss(batch, state)
 
     def _weighted_loss(self, batch: Batch, state: ModelState | None) -> tuple[Tensor, ModelState]:
         """sum(weight * nll) of a micro-batch, and the state after it."""

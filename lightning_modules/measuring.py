@@ -15,7 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from conf.calibrate_schema import CalibrateConfig
 from conf.load import flatten, from_dict
-from conf.schema import DataConfig, MeasureConfig, TrainConfig
+from conf.measure_schema import MeasureConfig
+from conf.schema import DataConfig, TrainConfig
 from data.tokenizers import Tokenizer, load_tokenizer
 from lightning_modules.checkpoints import find_config, list_checkpoints, read_model
 from lightning_modules.conversion.tokenizer_files import has_tokenizer

@@ -10,8 +10,11 @@ import torch
 from lightning_modules.run_dir import RunError
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    return peak_bytes(device) / 2**20
+def peak_memory_mib(device: torch.device, *, graphed: bool = False) -> float:
+    """graphed: what is reserved on a GPU, not what is allocated, where a graph's memory does not show while
+    it is replayed."""
+    peak = torch.cuda.max_memory_reserved(device) if graphed else peak_bytes(device)
+    return peak / 2**20
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -38,16 +41,20 @@ def reset_peak_memory(device: torch.device) -> bool:
     return True
 
 
-def out_of_memory(error: BaseException, step: int) -> RunError | None:
-    """The one line for an allocation that failed; None for any other error."""
+def out_of_memory(error: BaseException, step: int, *, graphed: bool = False) -> RunError | None:
+    """The one line for an allocation that failed; None for any other error.
+
+    graphed: CUDA graphs keep memory of their own.
+    """
     message = str(error)
     on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in message
     if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
         return None
     tried = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", message)
     what = f" for another {tried[1]}" if tried else ""
+    without = "train without graphs (trainer.cuda_graphs=false), " if graphed else ""
     return RunError(
-        f"after step {step}: no {'' if on_cpu else 'GPU '}memory{what}: read fewer tokens at a time "
+        f"after step {step}: no {'' if on_cpu else 'GPU '}memory{what}: {without}read fewer tokens at a time "
         "(trainer.segment_length) or fewer rows (trainer.accumulate), or shard parameters "
         "(trainer.strategy=deepspeed); python -m lightning_modules.plan with the same settings says what fits"
     )

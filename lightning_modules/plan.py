@@ -28,6 +28,7 @@ from lightning_modules.planning.estimate import (
     fits,
     rows_of,
     tokens_at_once,
+    why_eager,
 )
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.measure and fits(result, device):
         from lightning_modules.planning.measure import measure
 
-        measured = measure(config)
+        measured = measure(config, device)
     show(config, device, result, measured)
     if not fits(result, device):
         remedies = advice(config, device) or ["use a smaller model or a larger device"]
@@ -90,7 +91,8 @@ def show(config: PlanConfig, device: Device, result: Estimate, measured: "Measur
     table = Table(title="Memory of a device, MiB")
     table.add_column("what")
     table.add_column("predicted", justify="right")
-    for name in ("parameters", "gradients", "optimizer", "cast_weights", "borders", "activations", "tokens"):
+    held = ["parameters", "gradients", "optimizer", "cast_weights", "borders", "activations", "tokens"]
+    for name in held + ["graphs"] * result.graphed:
         table.add_row(name.replace("_", " "), f"{getattr(result, name) / 2**20:,.1f}")
     table.add_section()
     table.add_row("peak", f"{result.peak / 2**20:,.1f}")
@@ -98,6 +100,11 @@ def show(config: PlanConfig, device: Device, result: Estimate, measured: "Measur
         table.add_row("measured", f"{measured.peak / 2**20:,.1f}")
         table.add_row("predicted over measured", f"{result.peak / measured.peak:.3f}")
     console.print(table)
+    if device.on_gpu:
+        off = why_eager(config, device)
+        console.print(f"cuda graphs: {'on' if off is None else f'off ({off})'}", soft_wrap=True)
+        launched = "launched as graphs" if result.graphed else f"{result.host_seconds:.3g} s to launch it"
+        console.print(f"a step takes the device {result.device_seconds:.3g} s; {launched}")
     console.print(f"step {result.seconds:.3g} s, {result.tokens_per_second:,.0f} tokens/s predicted")
     if measured is not None:
         console.print(f"step {measured.seconds:.3g} s, {measured.tokens_per_second:,.0f} tokens/s measured")

@@ -24,7 +24,7 @@ from conf.load import flatten, parse, to_yaml
 from conf.schema import TrainConfig
 
 # Settings that may change between two starts of one run: they say where and how fast it runs, or what is
-# kept of it, and leave weights and metrics as they are (rounding aside, for threads and devices).
+# kept of it, and leave weights and metrics as they are (rounding aside, for threads, devices and graphs).
 FREE_SETTINGS = (
     "run_dir",
     "print_config",
@@ -36,6 +36,7 @@ FREE_SETTINGS = (
     "trainer.num_nodes",
     "trainer.context_parallel",
     "trainer.strategy",
+    "trainer.cuda_graphs",
     "deepspeed.",
     "trainer.threads",
     "trainer.progress_bar",

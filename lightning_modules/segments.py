@@ -1,9 +1,10 @@
 """Exact backpropagation through sequences of any length: read in segments, all but the last recomputed.
 
-Forward keeps ids and the state at each border, and of the last segment what its gradients need. Backward
-begins there: it takes the gradients of the segment's loss and of the state after it back to the state before
-it, lets everything go, reads the segment before once more, and so on. Peak memory is that of one segment; the
-gradients are those of one long forward pass, since states carry all that later tokens know of earlier ones.
+Forward keeps ids, losses (with their log-sum-exps) and the state at each border, and of the last segment what
+its gradients need. Backward begins there: it takes the gradients of the segment's loss and of the state after
+it back to the state before it, lets everything go, reads the segment before once more (all but its logits),
+and so on. Peak memory is that of one segment; the gradients are those of one long forward pass, since states
+carry all that later tokens know of earlier ones.
 
 To autograd this is one graph, walked once: a parameter's gradient is whole when its hooks run, so that DDP
 reduces it once a step.
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.context import Context
+from kernels.cross_entropy import Recall
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.mitigations import AnyMitigation
 from lightning_modules.state import ModelState
@@ -52,7 +54,9 @@ def segmented_losses(
         -log p(target) of every token (B, T) fp32, and the state after the last.
     """
 
-    def read(segment: Segment, state: ModelState | None) -> tuple[Tensor, ModelState]:
+    def read(
+        segment: Segment, state: ModelState | None, recall: Recall | None = None
+    ) -> tuple[Tensor, ModelState]:
         starts = segment.document_starts
         return model.token_losses(
             segment.ids,
@@ -61,6 +65,7 @@ def segmented_losses(
             document_starts=starts,
             mitigation=mitigation,
             context=context,
+            recall=recall,
         )
 
     if length is None or length >= ids.shape[1]:
@@ -73,7 +78,9 @@ def segmented_losses(
         if state is not None and truncate_after is not None and index > 0 and index % truncate_after == 0:
             state = state.detach()
         if torch.is_grad_enabled() and index + 1 < len(pieces):
-            some, state = checkpoint(read, segment, state, use_reentrant=False, preserve_rng_state=False)
+            some, state = checkpoint(
+                read, segment, state, Recall(), use_reentrant=False, preserve_rng_state=False
+            )
         else:
             some, state = read(segment, state)
         losses.append(some)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.load import flatten, from_command_line, user_errors
-from conf.schema import TrainConfig
+from conf.schema import TrainConfig, require
 from lightning_modules.imports import UNUSED_BY_LIGHTNING, heavy_imports
 from lightning_modules.ranks import require_world_size
 from lightning_modules.run_dir import (
@@ -50,7 +50,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(path: Path, config: TrainConfig) -> dict[str, Any]:
-    """Run or resume the training in `path`; returns its result. Exits with status 1 if the run fails."""
+    """Run or resume the training in `path`; returns its result. Exits with status 1 if the run fails.
+
+    Raises ValueError (one line), with nothing made, if graphs are asked for and there is no device for them.
+    """
+    if config.trainer.cuda_graphs:
+        with heavy_imports(UNUSED_BY_LIGHTNING):
+            import torch
+
+        remedy = "needs a CUDA device: leave it out"
+        require(torch.cuda.is_available(), "trainer.cuda_graphs", "true", remedy)
     run = open_run_dir(path, config)
     try:
         # The heavy imports come once the command is known to be right and the directory ours.

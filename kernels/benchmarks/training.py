@@ -9,12 +9,14 @@ with exact gradients. Every contender takes the same path; a peer differs in wha
     mamba_ssm    in_proj, then the fused convolution, scan, gated norm and out_proj of state-spaces/mamba
 
 share: the model's FLOPs, those of recomputed segments not counted, over a large matrix product's. host: the
-part of a step after which all of it is launched; near 100% the device waits for the host.
+part of a step after which all of it is launched; near 100% the device waits for the host. GiB: what PyTorch
+allocated; of a graph, which keeps its memory between steps: what it reserved.
 """
 
 import contextlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -76,6 +78,7 @@ class Row:
     length: int
     rows: int
     segment: int | None
+    graph: bool
     seconds: float | None
     host_seconds: float | None
     tokens_per_second: float | None
@@ -93,7 +96,7 @@ def measure(config: BenchConfig) -> list[Row]:
             try:
                 measured.append(_measure(config, system, length))
             except torch.cuda.OutOfMemoryError:
-                measured.append(Row(system, length, *_split(config, length), *[None] * 5))
+                measured.append(Row(system, length, *_split(config, length), config.cuda_graphs, *[None] * 5))
             print(line(measured[-1]), flush=True)
     return measured
 
@@ -147,14 +150,14 @@ def _measure(config: BenchConfig, system: str, length: int) -> Row:
         step()
         if on_gpu:
             torch.cuda.empty_cache()
-            if graphed is None:  # a graph works in what is counted at its capture, not at replays
-                torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats()
         for _ in range(config.rounds):
             step()
     seconds, host = (statistics.median(column) for column in zip(*times[1:], strict=True))
-    speed, peak = rows * length / seconds, peak_memory_mib(device) / 1024
+    speed = rows * length / seconds
+    peak = peak_memory_mib(device, graphed=config.cuda_graphs) / 1024
     flops = 3 * flops_per_token(config.model())  # forward, backward as two
-    return Row(system, length, rows, segment, seconds, host, speed, peak, speed * flops)
+    return Row(system, length, rows, segment, config.cuda_graphs, seconds, host, speed, peak, speed * flops)
 
 
 @contextlib.contextmanager
@@ -185,7 +188,7 @@ LAYERS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
 
 def line(row: Row) -> str:
     cut = f"segments of {row.segment:,}" if row.segment else "read whole"
-    what = f"{row.system:10} {row.rows} x {row.length:,} {cut}"
+    what = f"{row.system:10} {row.rows} x {row.length:,} {cut}{', as a graph' if row.graph else ''}"
     if row.seconds is None:
         return f"{what}: out of memory"
     return f"{what}: {row.tokens_per_second:,.0f} tokens/s, {row.peak_gib:.1f} GiB"
@@ -201,6 +204,7 @@ def show(measured: Sequence[Row], product: float | None) -> None:
         "length",
         "rows",
         "segment",
+        "launched",
         "system",
         "tokens/s",
         "host",
@@ -209,10 +213,11 @@ def show(measured: Sequence[Row], product: float | None) -> None:
         "GiB",
         "ours",
     ):
-        table.add_column(name, justify="left" if name == "system" else "right")
+        table.add_column(name, justify="left" if name in ("launched", "system") else "right", no_wrap=True)
     ours = {row.length: row.tokens_per_second for row in measured if row.system == "ours"}
     for row in measured:
-        cells = [f"{row.length:,}", str(row.rows), f"{row.segment:,}" if row.segment else "", row.system]
+        cells = [f"{row.length:,}", str(row.rows), f"{row.segment:,}" if row.segment else ""]
+        cells += ["as a graph" if row.graph else "by kernel", row.system]
         if not row.seconds or not row.host_seconds or not row.tokens_per_second or not row.flops_per_second:
             table.add_row(*cells, "out of memory")
             continue
@@ -221,7 +226,7 @@ def show(measured: Sequence[Row], product: float | None) -> None:
         ratio = f"{own / row.tokens_per_second:.2f}x" if row.system != "ours" and own else ""
         cells += [f"{row.tokens_per_second:,.0f}", f"{row.host_seconds / row.seconds:.0%}"]
         table.add_row(*cells, share, f"{row.peak_gib:.1f}", ratio)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def run(config: BenchConfig) -> None:

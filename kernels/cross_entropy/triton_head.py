@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cross_entropy.recall import Head, products_dtype
 from kernels.triton_support import on_device
 from kernels.tuning import Config, bucket, pick
 
@@ -64,8 +65,7 @@ def gradient_kernel(logits, labels, normalisers, dlosses, stride, BLOCK: tl.cons
 
 def triton_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """As `kernels.cross_entropy.linear_cross_entropy` of hidden (M, d) and labels (M,)."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = products_dtype(hidden)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"hidden is {dtype}: the Triton head takes float32, bfloat16 and float16")
     return _forward(hidden.to(dtype), weight.to(dtype), labels)[0]
@@ -134,6 +134,7 @@ def _gradients(ctx: Any, dlosses: Tensor, _: Tensor) -> tuple[Tensor, Tensor, No
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
+HEAD = Head(_forward, _backward)
 
 
 def _slices(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -10,8 +10,9 @@ from typing import Any
 
 from conf.calibrate_schema import CalibrateConfig
 from conf.load import parse
+from conf.measure_schema import MeasureConfig
 from conf.mitigation import MitigationConfig
-from conf.schema import MeasureConfig, TrainConfig
+from conf.schema import TrainConfig
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.file import beside, read_calibration
 from lightning_modules.calibration.run import calibrate

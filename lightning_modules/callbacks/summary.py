@@ -19,8 +19,9 @@ from lightning_modules.state import ModelState
 
 
 class PrintSummary(pl.Callback):
-    """Prints parameters, state size, which parameters weight decay pulls on, and what the recurrence is
-    computed in. Raises RunError on every rank where that is not fp32."""
+    """Prints parameters, state size, which parameters weight decay pulls on, what the recurrence is
+    computed in, and on a GPU whether micro-batches are CUDA graphs. Raises RunError on every rank where the
+    recurrence is not fp32."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
@@ -28,6 +29,9 @@ class PrintSummary(pl.Callback):
         if trainer.is_global_zero:
             table = summarize(pl_module)
             table.add_row("dtypes", dtypes)
+            if trainer.strategy.root_device.type == "cuda":
+                why = pl_module.eager_because
+                table.add_row("cuda graphs", "on" if why is None else f"off ({why})")
             Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from conf.schema import DataConfig, DiagnoseConfig
+from conf.measure_schema import DiagnoseConfig
+from conf.schema import DataConfig
 from data.filler import Filler
 from data.tokenizers import Tokenizer
 from lightning_modules.evaluation.loss import documents_source, held_out_documents, held_out_text

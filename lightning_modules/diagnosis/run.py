@@ -15,7 +15,8 @@ import yaml
 from rich.console import Console
 
 from conf.load import flatten, to_dict, to_yaml
-from conf.schema import DiagnoseConfig, TrainConfig
+from conf.measure_schema import DiagnoseConfig
+from conf.schema import TrainConfig
 from data.tokenizers import Tokenizer
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.settle import settle_calibration

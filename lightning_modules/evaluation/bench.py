@@ -18,8 +18,8 @@ from rich.console import Console
 
 from conf.bench import bench_mitigations
 from conf.load import to_dict, to_yaml
+from conf.measure_schema import EvaluateConfig
 from conf.mitigation import MitigationConfig, changed_settings
-from conf.schema import EvaluateConfig
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.settle import holds, settle_calibration
 from lightning_modules.evaluation.bench_report import columns, compare, draw, tables

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from conf.load import to_dict, to_yaml
+from conf.measure_schema import EvaluateConfig, MeasureConfig
 from conf.mitigation import changed_settings
-from conf.schema import EvaluateConfig, MeasureConfig, TrainConfig
+from conf.schema import TrainConfig
 from conf.tasks import TASKS
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.settle import settle_calibration

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from conf.diagnosis import ThresholdsConfig
-from conf.schema import DataConfig, EvaluateConfig
+from conf.measure_schema import EvaluateConfig
+from conf.schema import DataConfig
 from data.tokenizers import Tokenizer
 from lightning_modules.diagnosis.heads import head_rows
 from lightning_modules.diagnosis.prompts import filler_source

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from conf.schema import DataConfig, EvaluateConfig
+from conf.measure_schema import EvaluateConfig
+from conf.schema import DataConfig
 from data.layout import Layout
 from data.passkey import PasskeyTask
 from data.tokenizers import Tokenizer

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from conf.load import from_dict, to_dict
-from conf.schema import DataConfig, EvaluateConfig
+from conf.measure_schema import EvaluateConfig
+from conf.schema import DataConfig
 from conf.tasks import IN_TEXT, TasksConfig
 from data.layout import Layout
 from data.store import Stream

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from conf.schema import DataConfig, DocumentsConfig, EvaluateConfig
+from conf.measure_schema import EvaluateConfig
+from conf.schema import DataConfig, DocumentsConfig
 from data.sources import locate
 from data.store import Stream, build_store
 from data.tokenizers import Tokenizer

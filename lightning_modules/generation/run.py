@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from conf.generate_schema import GenerateConfig
-from conf.schema import MeasureConfig, TrainConfig
+from conf.measure_schema import MeasureConfig
+from conf.schema import TrainConfig
 from data.tokenizers import Tokenizer, load_tokenizer
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.settle import settle_calibration

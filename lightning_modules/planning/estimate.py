@@ -9,6 +9,7 @@ GIB = 2**30
 USABLE = 0.92  # of a device's memory: the rest is fragmentation and what libraries take
 SHORTEST_SEGMENT = 512
 SLAB_BYTES = 128 * 2**20  # states and gradients that the scan's backward pass holds on a GPU, at least
+HOST_SECONDS = 0.007  # to launch a layer forward and backward on a GPU, any tokens: 5 to 10 ms measured
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,21 @@ class Estimate:
     cast_weights: int  # bf16 copies of matrices, within a forward pass
     borders: int  # states between segments
     activations: int
-    tokens: int  # ids, targets, weights, losses of the whole rows
-    seconds: float
+    graphs: int  # what CUDA graphs keep from everything else
+    tokens: int  # ids, targets, weights, losses, log-sum-exps of the whole rows
+    device_seconds: float  # to compute the step
+    host_seconds: float  # to launch it, kernel by kernel; 0 on a CPU
+    graphed: bool  # launched as graphs
     tokens_per_step: int
 
     @property
     def peak(self) -> int:
         held = self.parameters + self.gradients + self.optimizer + self.cast_weights
-        return held + self.borders + self.activations + self.tokens
+        return held + self.borders + self.activations + self.graphs + self.tokens
+
+    @property
+    def seconds(self) -> float:
+        return self.device_seconds if self.graphed else max(self.device_seconds, self.host_seconds)
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,6 +83,27 @@ def shares(config: TrainConfig) -> tuple[int, int, int]:
 
 def estimate(config: TrainConfig, device: Device) -> Estimate:
     """What one device holds and takes. A step's rows are shared by all devices."""
+    return _estimate(config, device, graphed=why_eager(config, device) is None)
+
+
+def why_eager(config: TrainConfig, device: Device) -> str | None:
+    """What keeps `trainer.cuda_graphs` off on this device; None: micro-batches become CUDA graphs."""
+    if not device.on_gpu:
+        return "no CUDA device"
+    asked, obstacle = config.trainer.cuda_graphs, config.graph_obstacle()
+    if asked is not None:
+        return None if asked else "trainer.cuda_graphs=false"
+    if obstacle is not None:
+        return obstacle[0]
+    graphed = _estimate(config, device, graphed=True)
+    if graphed.device_seconds >= graphed.host_seconds:
+        return f"{tokens_at_once(config):,} tokens at a time are launched faster than computed"
+    if not fits(graphed, device):
+        return f"they would need {graphed.peak / GIB:.1f} GiB of {USABLE * device.memory / GIB:.1f}"
+    return None
+
+
+def _estimate(config: TrainConfig, device: Device, graphed: bool) -> Estimate:
     c, e, rows = config.model, sizes.element(config), rows_of(config)
     length = piece_of(config)
     segment = min(config.trainer.segment_length or length, length)
@@ -89,6 +118,7 @@ def estimate(config: TrainConfig, device: Device) -> Estimate:
     passes = 4 - 1 / segments  # forward, backward as two, and once more forward but for the last segment
     tokens = config.data.batch_size * config.data.train_length
     speed = config.trainer.ranks * device.flops * device.efficiency
+    launches = config.trainer.accumulate * segments * passes / 3 if device.on_gpu else 0.0
     return Estimate(
         parameters=4 * count // of_parameters,
         gradients=4 * count // of_gradients,
@@ -96,10 +126,24 @@ def estimate(config: TrainConfig, device: Device) -> Estimate:
         cast_weights=2 * sizes.matrix_parameters(c) if e == 2 else 0,
         borders=rows * states * (segments if segments > 1 else 1),
         activations=round(activations),
-        tokens=rows * length * 32,
-        seconds=passes * sizes.flops_per_token(c) * tokens / speed,
+        graphs=_kept_by_graphs(config, activations) if graphed else 0,
+        tokens=rows * length * 36,
+        device_seconds=passes * sizes.flops_per_token(c) * tokens / speed,
+        host_seconds=launches * c.n_layers * HOST_SECONDS,
+        graphed=graphed,
         tokens_per_step=tokens,
     )
+
+
+def _kept_by_graphs(config: TrainConfig, activations: float) -> int:
+    """Bytes that a step needs more: gradients of a graph are copied out of it, and while one keeps the memory
+    of its activations, all else has its own: the eager passes before a second kind of micro-batch is captured
+    (longer rows after a curriculum's, the first with a state), else validation, some two layers of it."""
+    starts_at_zero = config.initial_state.name in ("passed", "fitted_noise")  # in the first step
+    kinds = 2 if starts_at_zero or config.data.curriculum_steps else 1
+    outside = activations * (1 if kinds > 1 else min(1, 2 / config.model.n_layers))
+    gradients = kinds + (config.trainer.accumulate > 1)
+    return round(outside + 4 * sizes.parameters(config.model) * gradients)
 
 
 def fits(result: Estimate, device: Device) -> bool:
@@ -150,6 +194,8 @@ def advice(config: TrainConfig, device: Device) -> list[str]:
         elif rows > 1:
             lines.append(f"trainer.accumulate={config.trainer.accumulate * rows}: one row at a time")
     elif not fits(now, device):
+        if now.graphed and fits(_estimate(config, device, graphed=False), device):
+            lines.append("trainer.cuda_graphs=false: graphs keep their memory from everything else")
         small = estimate(with_segments(config, longest), device)
         gain = f"peak {small.peak / GIB:.1f} GiB, exact gradients, recomputed once"
         lines.append(f"trainer.segment_length={longest}: {gain}")

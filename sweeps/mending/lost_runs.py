@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.load import flatten, parse
-from conf.schema import EvaluateConfig, TrainConfig
+from conf.measure_schema import EvaluateConfig
+from conf.schema import TrainConfig
 from conf.sweep_schema import SweepConfig
 from lightning_modules.mlflow_store import no_such_run
 from lightning_modules.run_dir import config_hash, read_result, write_json

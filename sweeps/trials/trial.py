@@ -13,7 +13,8 @@ from typing import Any
 from zipfile import is_zipfile
 
 from conf.load import parse
-from conf.schema import EvaluateConfig, TrainConfig
+from conf.measure_schema import EvaluateConfig
+from conf.schema import TrainConfig
 from conf.sweep_schema import equal_tokens, evaluation
 from conf.sweep_stages import bounds_of, objectives_of
 from sweeps.planning.samplers import point_of

@@ -3,8 +3,9 @@
 import pytest
 
 from conf.load import parse
+from conf.measure_schema import EvaluateConfig
 from conf.mitigation import MitigationConfig
-from conf.schema import EvaluateConfig, TrainConfig
+from conf.schema import TrainConfig
 
 MISTAKES = {
     "{name: token_filter}": "mitigation.threshold=None: token_filter needs it, or mitigation.calibration",

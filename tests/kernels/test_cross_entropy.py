@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import kernels.cross_entropy.sliced as sliced
-from kernels.cross_entropy import linear_cross_entropy
+from kernels.cross_entropy import Recall, linear_cross_entropy, triton_head
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make(*leading: int, d: int = 6, vocabulary: int = 11) -> tuple[dict[str, Tensor], Tensor]:
@@ -61,6 +64,49 @@ def test_bf16_loss_is_fp32(
     losses.sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recalled_losses_form_no_logits_again(
+    backend: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, check_close: Any
+) -> None:
+    """Within PyTorch's checkpoint: the logits of 21 tokens once forward, once backward, in slices of 7."""
+    monkeypatch.setattr(sliced, "SLICE_LOGITS", 7 * 11)
+    monkeypatch.setattr(triton_head, "SLICE_BYTES", 7 * 16 * dtype.itemsize)
+    leaves, targets = make(3, 7)
+    leaves = {name: leaf.detach().to(DEVICE, dtype).requires_grad_() for name, leaf in leaves.items()}
+    targets, dlosses = targets.to(DEVICE), torch.rand(3, 7, device=DEVICE)
+    results, counts = [], []
+    for recall in (None, Recall()):
+
+        def read(hidden: Tensor, weight: Tensor, recall: Recall | None = recall) -> Tensor:
+            return linear_cross_entropy(hidden, weight, targets, backend=backend, recall=recall)
+
+        with LogitsFormed(11) as formed:
+            losses = checkpoint(read, *leaves.values(), use_reentrant=False)
+            results.append([losses, *torch.autograd.grad(losses, list(leaves.values()), dlosses)])
+        counts.append(formed.tokens)
+    assert counts[0] > counts[1] == 2 * 21
+    for again, once in zip(*results, strict=True):
+        check_close(again, once, 1e-6 if dtype == torch.float32 else 1e-2)
+
+
+class LogitsFormed(TorchDispatchMode):
+    """Counts the tokens whose logits are formed: by products whose last dimension is `vocabulary`, or within
+    an operator on Triton kernels."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.tokens = vocabulary, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        if func.name() == "aten::mm" and out.shape[-1] == self.vocabulary:
+            self.tokens += len(out)
+        if func.name().startswith("longstate::linear_cross_entropy"):  # forward and backward
+            self.tokens += len(args[0])
+        return out
 
 
 class LargestTensor(TorchDispatchMode):

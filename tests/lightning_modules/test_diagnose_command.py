@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from conf.load import parse, to_dict
-from conf.schema import DiagnoseConfig, TrainConfig
+from conf.measure_schema import DiagnoseConfig
+from conf.schema import TrainConfig
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.checkpoints import save_model, write_checkpoint
 from lightning_modules.diagnose import main

@@ -7,7 +7,8 @@ import pytest
 
 from conf.diagnosis import ThresholdsConfig
 from conf.load import parse
-from conf.schema import DataConfig, DiagnoseConfig
+from conf.measure_schema import DiagnoseConfig
+from conf.schema import DataConfig
 from data.tokenizers import ByteTokenizer
 from lightning_modules.diagnosis.conclusion import judge_loss, judge_needles
 from lightning_modules.diagnosis.heads import collapsed_heads, head_rows, over_retaining_heads

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from conf.load import parse, to_dict
-from conf.schema import EvaluateConfig, TrainConfig
+from conf.measure_schema import EvaluateConfig
+from conf.schema import TrainConfig
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.checkpoints import save_model, write_checkpoint
 from lightning_modules.evaluate import main

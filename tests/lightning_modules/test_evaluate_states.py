@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from conf.load import parse
-from conf.schema import EvaluateConfig
+from conf.measure_schema import EvaluateConfig
 from lightning_modules.evaluate import main
 from lightning_modules.evaluation.states import state_metrics
 from tests.lightning_modules.constructed import INSERTION, LOG_DECAY, TRAIN_LENGTH, save_constructed, sums

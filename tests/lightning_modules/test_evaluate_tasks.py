@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from conf.load import from_dict, parse, to_dict
-from conf.schema import DataConfig, DocumentsConfig, EvaluateConfig, ModelConfig, TrainConfig
+from conf.measure_schema import EvaluateConfig
+from conf.schema import DataConfig, DocumentsConfig, ModelConfig, TrainConfig
 from conf.tasks import IN_TEXT, TASKS
 from data.layout import Layout
 from data.sources import locate

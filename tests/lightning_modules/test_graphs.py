@@ -3,6 +3,7 @@ itself on a GPU."""
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,11 @@ from lightning_modules import graphs
 from lightning_modules.checkpoints import read_weights
 from lightning_modules.graphs import GraphedLoss
 from lightning_modules.language_model import LanguageModel
+from lightning_modules.plan import DEVICES
+from lightning_modules.planning.estimate import estimate, why_eager
+from lightning_modules.run_dir import RunError
 from lightning_modules.state import ModelState
-from lightning_modules.train import train
+from lightning_modules.train import main, train
 from tests.lightning_modules.test_side_by_side import config_of
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +111,94 @@ def test_what_no_graph_holds_is_refused(setting: str, said: str) -> None:
         parse(TrainConfig, ["conf/train/smoke.yaml", "trainer.cuda_graphs=true", setting])
 
 
+LARGE = ("conf/train/mamba2-370m.yaml", "trainer.accumulate=32")  # 16,384 tokens at a time
+
+
+@pytest.mark.parametrize(
+    ("settings", "off"),
+    [
+        ([], None),
+        (["trainer.segment_length=4096", "conf/train/length/256k.yaml"], None),
+        (["trainer.cuda_graphs=false"], "trainer.cuda_graphs=false"),
+        (["trainer.accelerator=cpu"], "trainer.accelerator=cpu"),
+        (["trainer.strategy=deepspeed"], "trainer.strategy=deepspeed"),
+        (["trainer={devices: 2, context_parallel: 2}"], "trainer.context_parallel=2"),
+        (["initial_state={name: carried, bptt_segments: 2}", "data.documents.layout=consecutive"],
+         "initial_state.bptt_segments=2"),
+        (["mitigation={name: hard_reset, every: 64}"], "mitigation.name=hard_reset"),
+        (["trainer.accumulate=8"], "65,536 tokens at a time are launched faster than computed"),
+        (["trainer.accumulate=8", "trainer.cuda_graphs=true"], None),
+    ],
+)  # fmt: skip
+def test_graphs_are_on_where_they_can_be_and_pay(settings: list[str], off: str | None) -> None:
+    config = parse(TrainConfig, [*LARGE, *settings])
+    assert why_eager(config, DEVICES["h200"]) == off
+    assert why_eager(config, replace(DEVICES["h200"], on_gpu=False)) == "no CUDA device"
+
+
+@pytest.mark.parametrize("kind", ["zero", "passed"])
+def test_graphs_are_off_where_they_and_validation_do_not_fit(kind: str) -> None:
+    """What is captured after a first step without a state needs room for another's eager passes."""
+    config = parse(TrainConfig, [*LARGE, f"initial_state.name={kind}"])
+    device = DEVICES["h200"]
+    with_graphs, without = (
+        estimate(replace(config, trainer=replace(config.trainer, cuda_graphs=choice)), device)
+        for choice in (True, False)
+    )
+    more = (with_graphs.peak - without.peak) / without.activations
+    assert (0.1 < more < 0.2) if kind == "zero" else more > 1
+    between = replace(device, memory=(with_graphs.peak + without.peak) / 2 / 0.92)
+    assert (why_eager(config, between) or "").startswith("they would need ")
+    assert not estimate(config, between).graphed
+
+
+def test_a_step_takes_as_long_as_its_launches() -> None:
+    config, device = parse(TrainConfig, [*LARGE, "trainer.cuda_graphs=false"]), DEVICES["h200"]
+    eager = estimate(config, device)
+    assert eager.seconds == eager.host_seconds > 2 * eager.device_seconds
+    assert 32 * 0.24 < eager.seconds < 32 * 0.46  # a micro-batch of any size, measured on two hosts
+    graphed = estimate(parse(TrainConfig, [*LARGE]), device)
+    assert graphed.seconds == graphed.device_seconds
+
+
+@pytest.mark.parametrize("error", [RuntimeError("it waits\nfor the device"), torch.OutOfMemoryError("no")])
+def test_what_cannot_be_captured_trains_eagerly_unless_asked_for(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def capture(compute: Callable[[], Any], pool: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 7)
+    batch = micro_batch(2, 40, starts=False)
+    for choice in ("null", "true"):
+        module = LanguageModel(config_of("zero", "trainer.accelerator=auto", f"trainer.cuda_graphs={choice}"))
+        module.configure_model()
+        module.eager_because = None
+        module.on_train_start()
+        if choice == "true":
+            kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else RunError
+            said = "true: cannot be captured: it waits for the device" if kind is RunError else "no"
+            with pytest.raises(kind, match=said):
+                module._launch(batch, None)
+            continue
+        losses = [module._launch(batch, None)[0] for _ in range(2)]
+        losses[1].backward()
+        assert all(torch.equal(loss, module._weighted_loss(batch, None)[0]) for loss in losses)
+        warned = capsys.readouterr().err
+        assert warned.count("\n") == 1
+        assert warned.startswith("warning: cuda graphs: off from step 0 on (")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU alone")
+def test_without_a_device_nothing_is_made(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with pytest.raises(SystemExit) as end:
+        main(["conf/train/smoke.yaml", "trainer.cuda_graphs=true", f"run_dir={run_dir}"])
+    assert end.value.code == 2
+    assert not run_dir.exists()
+
+
 class TestOnGPU:
     pytestmark = needs_gpu
 
@@ -127,3 +219,23 @@ class TestOnGPU:
             assert ours[name] == pytest.approx(plain[name], rel=1e-3 if precision == "32-true" else 1e-2)
         for name, value in own.items():
             torch.testing.assert_close(value, weights[name], rtol=2e-2, atol=2e-3, msg=name)
+
+    def test_a_capture_that_waits_for_the_device_is_let_go(self, tmp_path: Path, capfd: Any) -> None:
+        """A whole run, on whose way to the loss a number is read: it ends as without graphs."""
+        config = config_of("zero", "trainer.accelerator=cuda", "trainer.segment_length=96")
+        weights = []
+        for asks in (False, True):
+            folder, inner = tmp_path / str(asks), LanguageModel._weighted_loss
+
+            def waits(self: Any, batch: Any, state: Any, inner: Any = inner) -> Any:
+                loss, final = inner(self, batch, state)
+                return loss * (2.0 if loss.item() == 0.25 else 1.0), final
+
+            with pytest.MonkeyPatch.context() as patch:
+                if asks:
+                    patch.setattr(LanguageModel, "_weighted_loss", waits)
+                train(folder, config)
+            weights.append(read_weights(folder))
+        assert capfd.readouterr().err.count("warning: cuda graphs: off from step 0 on") == 1
+        for name, value in weights[1].items():
+            torch.testing.assert_close(value, weights[0][name], rtol=2e-2, atol=2e-3, msg=name)

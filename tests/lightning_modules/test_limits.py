@@ -64,5 +64,7 @@ def test_memory_that_is_not_there_is_said_with_what_needs_less(
 def test_a_gpu_s_memory_too() -> None:
     message = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB"
     said = out_of_memory(torch.OutOfMemoryError(message), 7)
-    assert "after step 7: no GPU memory for another 2.50 GiB: " in str(said)
+    assert "after step 7: no GPU memory for another 2.50 GiB: read fewer tokens" in str(said)
+    said = out_of_memory(torch.OutOfMemoryError(message), 7, graphed=True)
+    assert "2.50 GiB: train without graphs (trainer.cuda_graphs=false), read fewer tokens" in str(said)
     assert out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 7) is None

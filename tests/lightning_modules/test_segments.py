@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels.cross_entropy.sliced as sliced
 from conf.schema import ModelConfig
 from kernels.ssd import Mitigation
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.segments import segmented_losses
 from lightning_modules.state import ModelState
+from tests.kernels.test_cross_entropy import LogitsFormed
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ModelConfig(d_model=32, n_layers=2, d_state=8, headdim=16, vocab_size=40, chunk_size=16)
@@ -122,6 +124,16 @@ def test_all_segments_but_the_last_are_read_twice(model: Mamba2LM, tokens: dict[
     model.backbone.layers[0].register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
     segmented_losses(model, **tokens, length=20)[0].sum().backward()
     assert lengths == [20, 20, 20, 10, 20, 20, 20]
+
+
+def test_no_logits_are_formed_to_be_thrown_away(
+    model: Mamba2LM, tokens: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of recomputed segments once for their losses and once for their gradients."""
+    monkeypatch.setattr(sliced, "SLICE_LOGITS", 5 * CONFIG.vocab_size)
+    with LogitsFormed(CONFIG.vocab_size) as formed:
+        segmented_losses(model, **tokens, length=20)[0].sum().backward()
+    assert formed.tokens == 2 * BATCH * LENGTH
 
 
 MEASURE = """

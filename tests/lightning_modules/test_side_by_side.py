@@ -119,6 +119,7 @@ def test_one_that_fails_leaves_the_others_alone(alone: dict[str, Path], tmp_path
         ("trainer.precision=bf16-mixed", "32-true"),
         ("probe.factor=2", "probe.factor at 0"),
         ("trainer.devices=2", "devices=1"),
+        ("trainer={accelerator: auto, cuda_graphs: true}", "leave trainer.cuda_graphs out"),
     ],
 )
 def test_what_it_cannot_do_is_refused(setting: str, remedy: str, tmp_path: Path) -> None:

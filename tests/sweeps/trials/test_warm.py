@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from conf.load import parse, to_dict, to_yaml
-from conf.schema import EvaluateConfig, TrainConfig
+from conf.measure_schema import EvaluateConfig
+from conf.schema import TrainConfig
 from sweeps.trials import steps
 from sweeps.trials.steps import Interrupted, Steps
 from sweeps.trials.warm import EvaluationServer

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from conf.load import from_command_line, to_yaml, user_errors
-from conf.schema import EvaluateConfig
+from conf.measure_schema import EvaluateConfig
 from lightning_modules.evaluation.conclusion import conclude, metrics
 from lightning_modules.run_dir import read_result, write_json, write_text
 from lightning_modules.termination import Termination

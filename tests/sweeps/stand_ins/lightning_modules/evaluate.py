@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from conf.load import parse
-from conf.schema import EvaluateConfig, TrainConfig
+from conf.measure_schema import EvaluateConfig
+from conf.schema import TrainConfig
 from lightning_modules.evaluation.conclusion import conclude, metrics
 
 config = parse(EvaluateConfig, sys.argv[1:])
