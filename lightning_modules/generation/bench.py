@@ -18,8 +18,9 @@ from lightning_modules.checkpoints import load_model
 from lightning_modules.evaluation.streaming import Reader
 from lightning_modules.generation.sampling import Sampler
 from lightning_modules.generation.step import Step, make_step
-from lightning_modules.measuring import choose_device, show_progress, to_json
+from lightning_modules.measuring import choose_device, require_writable, show_progress, to_json
 from lightning_modules.mitigations import build_mitigation
+from lightning_modules.run_dir import write_text
 from lightning_modules.state import ModelState
 
 BLOCK = 4096  # random tokens are drawn in blocks, each from a generator of its own
@@ -27,6 +28,8 @@ BLOCK = 4096  # random tokens are drawn in blocks, each from a generator of its 
 
 def bench(config: GenerationBenchConfig) -> dict[str, Any]:
     """Measure, print a table; returns what `output` holds."""
+    if config.output is not None:
+        require_writable("output", config.output)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device, dtype = choose_device(config.device), getattr(torch, config.dtype)
@@ -55,7 +58,10 @@ def bench(config: GenerationBenchConfig) -> dict[str, Any]:
     result = _result(config, steps, seconds)
     _print(result)
     if config.output is not None:
-        Path(config.output).write_text(to_json(result))
+        try:
+            write_text(Path(config.output), to_json(result))
+        except OSError as error:
+            raise ValueError(f"output={config.output}: cannot be written ({error.strerror or error})") from None
     return json.loads(to_json(result))
 
 

@@ -88,7 +88,7 @@ class Family(ABC):
     functions: tuple[str, ...] = ()
     # What transformers gets wrong, and the adapter or Guest puts right:
     single_tokens_by_row = False  # one token of several rows is read wrongly
-    forgets_its_state = False  # `call` must add what a layer's state before a segment adds
+    corrects = False  # `call` changes what the functions give where there is a state already
 
     @abstractmethod
     def config(self, theirs: Any) -> GuestConfig: ...
@@ -114,7 +114,8 @@ class Family(ABC):
         *args: Any,
         **options: Any,
     ) -> Any:
-        """One of `functions`, carried out; before: the layer's state, (B, H, P, N), where it is forgotten."""
+        """One of `functions`, carried out; before: the layer's state, (B, H, P, N), where there is one and the
+        family `corrects`."""
         return original(*args, **options)
 
     @abstractmethod
@@ -222,7 +223,7 @@ class Guest(nn.Module):
     def _watched(self, state: GuestState | None) -> Iterator[list[Trace]]:
         """Within the block the family's functions are seen, and put right, on the way; yields the traces."""
         traces: list[Trace] = []
-        wrong = self.family.forgets_its_state and state is not None
+        wrong = self.family.corrects and state is not None
         if self.listener is None and not wrong:
             yield traces
             return

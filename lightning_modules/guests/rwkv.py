@@ -20,6 +20,11 @@ class Rwkv(Family):
     single_tokens_by_row = True  # transformers broadcasts one token's shifted input over the rows
 
     def config(self, theirs: Any) -> GuestConfig:
+        if theirs.attention_hidden_size != theirs.hidden_size:
+            raise ValueError(
+                f"attention_hidden_size={theirs.attention_hidden_size}: transformers carries states of "
+                f"hidden_size={theirs.hidden_size} channels alone: such a model cannot be read in pieces"
+            )
         return GuestConfig(
             family=theirs.model_type,
             d_model=theirs.hidden_size,
