@@ -116,8 +116,9 @@ def require_writable(name: str, path: str | Path) -> None:
         with tempfile.TemporaryFile(dir=place.parent):  # permissions alone do not tell of a read-only disk
             pass
     except OSError as error:
+        why = error.strerror or error
         raise ValueError(
-            f"{name}={path}: cannot be written ({error.strerror or error}): name a file in a folder that exists"
+            f"{name}={path}: cannot be written ({why}): name a file in a folder that exists"
         ) from None
 
 

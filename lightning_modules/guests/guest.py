@@ -114,7 +114,7 @@ class Family(ABC):
         *args: Any,
         **options: Any,
     ) -> Any:
-        """One of `functions`, carried out; before: the layer's state, (B, H, P, N), where there is one and the
+        """One of `functions`, carried out; before: the layer's state, (B, H, P, N), if there is one and the
         family `corrects`."""
         return original(*args, **options)
 
@@ -181,6 +181,16 @@ class Guest(nn.Module):
         """What one sequence carries behind its first token."""
         device = self.lm_head.weight.device
         return self.hidden(torch.zeros(1, 1, dtype=torch.int64, device=device))[1].nbytes
+
+    def growth(self) -> tuple[list[int], int]:
+        """Numbers of the layers whose state grows with every token, as attention's does, and the bytes that a
+        token adds to a row."""
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.lm_head.weight.device)
+        _, first = self.hidden(ids)
+        _, second = self.hidden(ids, first)
+        sizes = [[sum(map(Tensor.numel, layer)) for layer in state.layers] for state in (first, second)]
+        growing = [i for i, (one, two) in enumerate(zip(*sizes, strict=True)) if two > one]
+        return growing, second.nbytes - first.nbytes
 
     def _read(self, ids: Tensor, state: GuestState | None) -> tuple[Tensor, GuestState]:
         rows, length = ids.shape

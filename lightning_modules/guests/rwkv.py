@@ -4,7 +4,10 @@ Both are kept with a common exponent; its state is what they stand for, (sum of 
 decay is a parameter: the same at every token. It has no step, which counts as 1.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -13,6 +16,19 @@ from lightning_modules.guests.guest import Family, GuestConfig, GuestState, Laye
 
 CARRIED = 5  # of all layers: inputs of the feed-forward and of the attention, values, weights, exponent
 NEVER = -1e30  # exponent before the first token
+
+
+@contextmanager
+def without_downloaded_kernels() -> Iterator[None]:
+    """A model made within the block runs what is installed here.
+
+    Where there is a GPU, transformers fetches a compiled kernel for `rwkv` from the hub, which also refuses
+    segments longer than the model's training length.
+    """
+    from transformers.models.rwkv import modeling_rwkv
+
+    with mock.patch.object(modeling_rwkv, "is_ninja_available", return_value=False):
+        yield
 
 
 class Rwkv(Family):

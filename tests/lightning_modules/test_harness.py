@@ -153,9 +153,7 @@ def test_an_empty_continuation_is_certain(checkpoint: Path) -> None:
     reader = BatchReader(load_model(checkpoint), lambda length: None, 4096, 4)
     model = LongstateLM(reader, load_tokenizer("bytes"), None, 8)
     pairs = [("a b", ""), ("a b ", ""), ("", ""), ("a b", " c"), ("", "x"), ("a ", "\n")]
-    requests = [
-        Instance("loglikelihood", {}, pair, i, metadata=("t", i, 1)) for i, pair in enumerate(pairs)
-    ]
+    requests = [Instance("loglikelihood", {}, pair, i, metadata=("t", i, 1)) for i, pair in enumerate(pairs)]
     found = model.loglikelihood(requests)
     assert found[:3] == [(0.0, True)] * 3
     assert all(log_p < 0 for log_p, _ in found[3:])
