@@ -86,7 +86,7 @@ class GenerateConfig(DecodingConfig):
 class GenerationBenchConfig:
     """Speed of a token behind prompts of different lengths, with one model."""
 
-    checkpoint: str | None = option(None, "of this model; none: a new one of the shape below")
+    checkpoint: str | None = option(None, "of this model, or of a guest; none: a new one of the shape below")
     positions: list[int] = option([1024, 1_048_576], "tokens read before the speed is measured")
     tokens: int = option(100, "tokens made in a round, behind each position in turn")
     rounds: int = option(21, "rounds; medians are told")

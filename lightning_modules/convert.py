@@ -16,6 +16,7 @@ layout=hf adds README.md, a model card from what the run measured.
 
 from conf.conversion import ConvertConfig
 from conf.load import from_command_line, user_errors
+from lightning_modules.saying import say
 from lightning_modules.termination import Termination
 
 
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         from lightning_modules.conversion.run import convert  # imports torch: only for a config that holds
 
         files = convert(config)["files"]
-        print(f"{config.target}: {', '.join(files)}, parity.json")
+        say(f"{config.target}: {', '.join(files)}, parity.json")
 
 
 if __name__ == "__main__":

@@ -22,12 +22,10 @@ prompts a line of JSON each, {"prompt": 0, "text": ..., "tokens": ..., "finish":
 in the order in which they end. Progress and speed go to standard error. See docs/generation.md.
 """
 
-import os
-import sys
-
 from conf.generate_schema import GenerateConfig
 from conf.load import from_command_line, user_errors
 from lightning_modules.generation.prompts import read_texts
+from lightning_modules.saying import discard_output
 from lightning_modules.termination import Termination
 
 
@@ -41,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             run(config, texts)
         except BrokenPipeError:  # whoever read the text has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()
             if config.save_state is not None:
                 raise ValueError(
                     f"save_state={config.save_state}: not written: standard output was closed before the "

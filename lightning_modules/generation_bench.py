@@ -2,6 +2,9 @@
 
     python -m lightning_modules.generation_bench [checkpoint=PATH] [key=value ...]
 
+PATH may be a guest of another family too (docs/from-a-checkpoint.md), read as `evaluate` reads it: no CUDA
+graph, fp32; where layers of attention make its state grow, that is told.
+
 Reads random tokens up to each of `positions`, then makes tokens behind each in turn. The table's ratio is the
 median over rounds of the speed against that behind the first position. Examples:
 

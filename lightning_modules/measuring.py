@@ -1,8 +1,10 @@
 """What the commands that measure a checkpoint share: device, run directory, progress, identity."""
 
+import errno
 import hashlib
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,6 +103,24 @@ def source_name(config: MeasureConfig) -> str:
     """Of the training run that a checkpoint is from, or of its file."""
     source = Path(config.checkpoint).resolve()
     return source.parents[1].name if source.parent.name == "checkpoints" else source.with_suffix("").name
+
+
+def require_writable(name: str, path: str | Path) -> None:
+    """Refuse a file `name`=`path` that could not be written, before the work whose numbers it is to hold."""
+    place = Path(path).resolve()
+    try:
+        if place.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if place.exists():
+            with place.open("ab"):
+                pass
+        with tempfile.TemporaryFile(dir=place.parent):  # permissions alone do not tell of a read-only disk
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(
+            f"{name}={path}: cannot be written ({why}): name a file in a folder that exists"
+        ) from None
 
 
 def write_output(path: Path, text: str) -> None:

@@ -52,6 +52,8 @@ def read(folder: Path) -> Parameters:
             raise ValueError(
                 f"{file}: has no {name}: transformers would fill in another model's; add it to the file"
             )
+        if type(config[name]) is not int:
+            raise ValueError(f"{file}: {name}={config[name]!r}: must be a whole number, without quotes")
     if config.get("quantization_config") is not None:
         raise ValueError(f"{file}: has a quantization_config: quantised weights do not convert")
     for name, value in FIXED.items():

@@ -4,7 +4,7 @@ import fcntl
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from lightning_modules.conversion.card import write_card
 from lightning_modules.conversion.parameters import Parameters
 from lightning_modules.conversion.published import is_published, layout_of
 from lightning_modules.measuring import to_json
+from lightning_modules.saying import say
 
 LAYOUTS: dict[str, Any] = {"ours": ours, "hf": huggingface, "state-spaces": state_spaces}
 MARGIN = 64 * 2**20  # bytes that stay free
 TRANSFORMERS = "transformers.Mamba2ForCausalLM"
 
 
-def convert(config: ConvertConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
+def convert(config: ConvertConfig) -> dict[str, Any]:
     """Write config.target, whole or not at all; returns the contents of its parity.json.
 
     Raises ValueError (one line) where the source does not hold, the layout cannot express it, or the target

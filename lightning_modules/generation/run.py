@@ -1,7 +1,6 @@
 """The command from config to text: load, read, generate, save."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,10 +22,17 @@ from lightning_modules.evaluation.streaming import Reader
 from lightning_modules.generation.loop import Generator, Row, check_prompts
 from lightning_modules.generation.prefill import Prompt, read_prompts
 from lightning_modules.generation.prompts import Prompts
-from lightning_modules.generation.saved_state import load_state, require_writable, save_state
+from lightning_modules.generation.saved_state import (
+    load_state,
+    read_header,
+    require_writable,
+    save_state,
+    tokens_read,
+)
 from lightning_modules.guests.load import guest_config, is_guest
 from lightning_modules.measuring import choose_device, show_progress
 from lightning_modules.mitigations import LayerMitigations, build_mitigation
+from lightning_modules.saying import discard_output
 from lightning_modules.state import ModelState
 
 
@@ -40,6 +46,8 @@ def run(config: GenerateConfig, texts: Prompts) -> None:
         torch.set_num_threads(config.threads)
     if config.save_state is not None:
         require_writable(config.save_state)
+    if config.state is not None:
+        _require_rows(config, texts, len(tokens_read(read_header(config.state))))
     device = choose_device(config.device)
     trained = _training_of(config)
     model = load_model(config.checkpoint, device=device, dtype=getattr(torch, config.dtype))
@@ -49,11 +57,6 @@ def run(config: GenerateConfig, texts: Prompts) -> None:
     check_prompts([*prompts, *([] if document is None else [document])], model.config.vocab_size)
     rules = _mitigation(config, trained, model)
     state = None if config.state is None else load_state(config.state, model, rules, device)
-    if state is not None and state.batch_size not in (1, len(prompts)):
-        raise ValueError(
-            f"state={config.state}: of {state.batch_size} rows, for {len(prompts)} prompts: give as many, "
-            "or a state of one row, which all go on from"
-        )
     if document is not None:
         state = _read_document(config, model, rules, document, state)
     final = _generate(config, texts, model, tokenizer, rules, prompts, state)
@@ -118,13 +121,26 @@ def _write(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor when Python ends
+        discard_output()
         raise ValueError(f"standard output: cannot be written ({error.strerror or error})") from None
 
 
 def _batches(prompts: Sequence[Prompt], size: int) -> Iterator[tuple[int, Sequence[Prompt]]]:
     for first in range(0, len(prompts), size):
         yield first, prompts[first : first + size]
+
+
+def _require_rows(config: GenerateConfig, texts: Prompts, rows: int) -> None:
+    if rows not in (1, len(texts.prompts)):
+        raise ValueError(
+            f"state={config.state}: of {rows} rows, for {len(texts.prompts)} prompts: give as many, "
+            "or a state of one row, which all go on from"
+        )
+    if texts.document is not None and rows > 1:
+        raise ValueError(
+            f"prompt_file={config.prompt_file}: is read once for all prompts, state={config.state} has "
+            f"{rows} rows: leave one of them out"
+        )
 
 
 def _read_document(
@@ -135,11 +151,6 @@ def _read_document(
     state: ModelState | None,
 ) -> ModelState:
     """What all prompts go on from."""
-    if state is not None and state.batch_size > 1:
-        raise ValueError(
-            f"prompt_file={config.prompt_file}: is read once for all prompts, state={config.state} has "
-            f"{state.batch_size} rows: leave one of them out"
-        )
     with show_progress("reading the document", len(document)) as on_tokens:
         reader = Reader(model, rules, config.segment_length, on_tokens)
         return read_prompts(reader, [document], state)[0]

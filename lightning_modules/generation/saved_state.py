@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.load import to_dict
+from lightning_modules import measuring
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.calibration.file import fingerprint
 from lightning_modules.mitigations import LayerMitigations
@@ -51,9 +52,7 @@ def save_state(path: str | Path, state: ModelState, model: Mamba2LM) -> None:
 
 def require_writable(path: str | Path) -> None:
     """Refuse a place that cannot be written, before a long prompt is read, and what is no state of ours."""
-    folder = Path(path).resolve().parent
-    if os.path.isdir(path) or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"save_state={path}: cannot be written: name a file in a folder that exists")
+    measuring.require_writable("save_state", path)
     if os.path.exists(path) and not _is_state(Path(path)):
         raise ValueError(f"save_state={path}: exists and is no saved state: it stays; name another file")
 
@@ -72,6 +71,35 @@ def _umask() -> int:
     return mask
 
 
+def read_header(path: str | Path) -> dict[str, str]:
+    """What the file at `path` says of itself: format, model, mitigation and tokens.
+
+    Cheap: no state is read, so that a missing or foreign file is told before a model is loaded.
+
+    Raises:
+        ValueError: the file is missing, damaged or none of ours.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"state={path}: no such file; make one with save_state=PATH")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from None
+    if header.get("format") != FORMAT or not {"model", "mitigation", "tokens"} <= header.keys():
+        raise ValueError(f"state={path}: no saved state of this version; make it again with save_state=PATH")
+    return header
+
+
+def tokens_read(header: dict[str, str]) -> list[int]:
+    """Of every row."""
+    return json.loads(header["tokens"])
+
+
+def _unreadable(path: str | Path, error: Exception) -> ValueError:
+    return ValueError(f"state={path}: truncated or damaged, or no saved state ({error})")
+
+
 def load_state(
     path: str | Path, model: Mamba2LM, mitigation: LayerMitigations, device: torch.device | str
 ) -> ModelState:
@@ -80,17 +108,12 @@ def load_state(
     Raises:
         ValueError: the file is missing, damaged or none of ours; of another model or mitigation.
     """
-    name = f"state={path}"
-    if not os.path.isfile(path):
-        raise ValueError(f"{name}: no such file; make one with save_state=PATH")
+    name, header = f"state={path}", read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{name}: truncated or damaged, or no saved state ({error})") from None
-    if header.get("format") != FORMAT or not {"model", "mitigation", "tokens"} <= header.keys():
-        raise ValueError(f"{name}: no saved state of this version; make it again with save_state=PATH")
+        raise _unreadable(path, error) from None
     if header["model"] != model_identity(model):
         raise ValueError(
             f"{name}: of another model, or of this one before it was trained on or in another dtype: "
@@ -101,7 +124,7 @@ def load_state(
             f"{name}: read under mitigation {header['mitigation']}, not {mitigation.key}: "
             "use the same, or read the text again"
         )
-    rows = len(json.loads(header["tokens"]))
+    rows = len(tokens_read(header))
     own = ModelState.zeros(model.config, rows, "meta", model.lm_head.weight.dtype, mitigation)
     expected = {key: (t.shape, t.dtype) for key, t in _named(own).items()}
     if {key: (t.shape, t.dtype) for key, t in tensors.items()} != expected:

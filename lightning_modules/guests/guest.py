@@ -88,7 +88,7 @@ class Family(ABC):
     functions: tuple[str, ...] = ()
     # What transformers gets wrong, and the adapter or Guest puts right:
     single_tokens_by_row = False  # one token of several rows is read wrongly
-    forgets_its_state = False  # `call` must add what a layer's state before a segment adds
+    corrects = False  # `call` changes what the functions give where there is a state already
 
     @abstractmethod
     def config(self, theirs: Any) -> GuestConfig: ...
@@ -114,7 +114,8 @@ class Family(ABC):
         *args: Any,
         **options: Any,
     ) -> Any:
-        """One of `functions`, carried out; before: the layer's state, (B, H, P, N), where it is forgotten."""
+        """One of `functions`, carried out; before: the layer's state, (B, H, P, N), if there is one and the
+        family `corrects`."""
         return original(*args, **options)
 
     @abstractmethod
@@ -181,6 +182,16 @@ class Guest(nn.Module):
         device = self.lm_head.weight.device
         return self.hidden(torch.zeros(1, 1, dtype=torch.int64, device=device))[1].nbytes
 
+    def growth(self) -> tuple[list[int], int]:
+        """Numbers of the layers whose state grows with every token, as attention's does, and the bytes that a
+        token adds to a row."""
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.lm_head.weight.device)
+        _, first = self.hidden(ids)
+        _, second = self.hidden(ids, first)
+        sizes = [[sum(map(Tensor.numel, layer)) for layer in state.layers] for state in (first, second)]
+        growing = [i for i, (one, two) in enumerate(zip(*sizes, strict=True)) if two > one]
+        return growing, second.nbytes - first.nbytes
+
     def _read(self, ids: Tensor, state: GuestState | None) -> tuple[Tensor, GuestState]:
         rows, length = ids.shape
         if self.family.single_tokens_by_row and length == 1 and rows > 1:
@@ -222,7 +233,7 @@ class Guest(nn.Module):
     def _watched(self, state: GuestState | None) -> Iterator[list[Trace]]:
         """Within the block the family's functions are seen, and put right, on the way; yields the traces."""
         traces: list[Trace] = []
-        wrong = self.family.forgets_its_state and state is not None
+        wrong = self.family.corrects and state is not None
         if self.listener is None and not wrong:
             yield traces
             return

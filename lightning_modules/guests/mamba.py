@@ -22,7 +22,7 @@ PIECE = 64  # tokens of which the states' share is held at a time
 
 class Mamba(CachedFamily):
     functions = (SCAN, STEP)
-    forgets_its_state = True
+    corrects = True
 
     def config(self, theirs: Any) -> GuestConfig:
         names = [f"backbone.layers.{i}.mixer" for i in self.recurrent(theirs)]

@@ -4,7 +4,10 @@ Both are kept with a common exponent; its state is what they stand for, (sum of 
 decay is a parameter: the same at every token. It has no step, which counts as 1.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -15,11 +18,29 @@ CARRIED = 5  # of all layers: inputs of the feed-forward and of the attention, v
 NEVER = -1e30  # exponent before the first token
 
 
+@contextmanager
+def without_downloaded_kernels() -> Iterator[None]:
+    """A model made within the block runs what is installed here.
+
+    Where there is a GPU, transformers fetches a compiled kernel for `rwkv` from the hub, which also refuses
+    segments longer than the model's training length.
+    """
+    from transformers.models.rwkv import modeling_rwkv
+
+    with mock.patch.object(modeling_rwkv, "is_ninja_available", return_value=False):
+        yield
+
+
 class Rwkv(Family):
     functions = ("rwkv_linear_attention",)
     single_tokens_by_row = True  # transformers broadcasts one token's shifted input over the rows
 
     def config(self, theirs: Any) -> GuestConfig:
+        if theirs.attention_hidden_size != theirs.hidden_size:
+            raise ValueError(
+                f"attention_hidden_size={theirs.attention_hidden_size}: transformers carries states of "
+                f"hidden_size={theirs.hidden_size} channels alone: such a model cannot be read in pieces"
+            )
         return GuestConfig(
             family=theirs.model_type,
             d_model=theirs.hidden_size,

@@ -87,7 +87,12 @@ class LongstateLM(LM):
         return found
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[Ints, Ints]:
-        """Tokens of both, cut where the context's own end; blanks between belong to the continuation."""
+        """Tokens of both, cut where the context's own end; blanks between belong to the continuation.
+
+        Of an empty continuation none, which is certain; of any other at least one.
+        """
+        if not continuation:
+            return self._encode_context(context), np.empty(0, np.int64)
         blanks = len(context) - len(context.rstrip())
         if blanks:
             context, continuation = context[:-blanks], context[-blanks:] + continuation

@@ -41,19 +41,20 @@ class BatchReader:
 
     @torch.inference_mode()
     def likelihoods(self, requests: Sequence[tuple[Ints, Ints]]) -> list[Likelihood]:
-        """Of (context, continuation) pairs, of one token or more each. A context that several requests share
-        is read once."""
+        """Of (context, continuation) pairs, contexts of one token or more. A context that several requests
+        share is read once. An empty continuation is certain: nothing is read for it."""
 
         def size(i: int) -> int:
             return len(requests[i][0]) + len(requests[i][1])
 
+        found = {i: Likelihood(0.0, True) for i, (_, text) in enumerate(requests) if not len(text)}
         by_context: dict[bytes, list[int]] = {}
-        for i, (context, _) in enumerate(requests):
-            by_context.setdefault(context.tobytes(), []).append(i)
+        for i, (context, text) in enumerate(requests):
+            if len(text):
+                by_context.setdefault(context.tobytes(), []).append(i)
         # Of like lengths together, at most so many rows.
         groups = [part for group in by_context.values() for part in _cut(sorted(group, key=size), self.rows)]
         groups.sort(key=lambda group: size(group[-1]))
-        found: dict[int, Likelihood] = {}
         for batch in _batched(groups, self.rows):
             members = [i for group in batch for i in group]
             reader = Reader(self.model, self.rule(max(map(size, members))), self.segment, self._count)

@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +114,8 @@ HF_WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "chunk": ({"chunk_size": None}, "chunk_size: Incompatible value 'None'"),
     "limit": ({"time_step_limit": [0.0, {"__float__": "x"}]}, "time_step_limit=.* is no number"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "has a quantization_config"),
+    "quoted": ({"num_heads": "8"}, "num_heads='8': must be a whole number, without quotes"),
+    "fraction": ({"state_size": 12.0}, r"state_size=12.0: must be a whole number"),
     "heads": ({"num_heads": 9}, "num_heads=9: expand .* is 8"),
     "other_model": ({"model_type": "mamba"}, "model_type=mamba: not Mamba-2 in a layout known here"),
     "vocabulary": ({"vocab_size": 40}, r"backbone.embeddings.weight has shape \(48, 32\), .* \(40, 32\)"),
@@ -196,6 +200,20 @@ def test_targets_that_are_refused(
         ("evaluation=x.json", "only layout=hf writes"),
     ):
         assert message in refused(capsys, "source=a", "target=b", argument)
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    """`convert ... | true`: what is said before the work, of the padding, goes nowhere; the work is done."""
+    write_state_spaces(tmp_path / "theirs", config_of(CASES["groups"]), torch.float32, tokens=37)
+    line = [sys.executable, "-m", "lightning_modules.convert"]
+    line += [f"source={tmp_path}/theirs", f"target={tmp_path}/ours", "parity_tokens=1"]
+    read, write = os.pipe()
+    os.close(read)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(line, cwd=root, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "ours" / "parity.json").is_file()
 
 
 def test_a_killed_conversion_leaves_no_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from conf.generate_schema import GenerateConfig
 from conf.load import parse
@@ -265,7 +266,7 @@ def test_bpe_text_and_padded_vocabulary(capsys: Any, tmp_path: Path) -> None:
         (("prompt=a", "mitigation.name=all"), "mitigation.name=all: only evaluate compares all; choose one"),
         (("prompt=a", "max_new_tokens=0"), "max_new_tokens=0: makes nothing; give save_state=PATH"),
         (("prompt=a", "state=none.state"), "state=none.state: no such file; make one with save_state=PATH"),
-        (("prompt=a", "save_state=none/a.state"), "save_state=none/a.state: cannot be written: name a file"),
+        (("prompt=a", "save_state=none/a.state"), "save_state=none/a.state: cannot be written (No such file"),
         (("prompt=a", "prompt=b", "batch_size=1", "save_state=x"), "save_state=x: 2 prompts in batches of 1"),
         (("prompt=a", "cuda_graph=true", "device=cpu"), "cuda_graph=True: needs a GPU"),
         (("prompt=a", "dtype=int8"), "dtype: "),
@@ -310,6 +311,24 @@ def test_rows_of_a_state_must_be_those_of_the_prompts(capsys: Any, checkpoint: P
         for size in (1, 2)
     ]
     assert {*texts[0].splitlines()} == {*texts[1].splitlines()}
+
+
+def test_a_state_is_looked_at_before_the_model_is_loaded(
+    capsys: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, foreign = tmp_path / "two.state", tmp_path / "foreign.state"
+    call(capsys, checkpoint, "prompt=ab", "prompt=c", "max_new_tokens=0", f"save_state={state}")
+    save_file({"x": torch.zeros(2)}, foreign)
+    (tmp_path / "text.state").write_text("no state")
+    monkeypatch.setattr(command, "load_model", None)
+    for file, message in (
+        (tmp_path / "none.state", "no such file; make one with save_state=PATH"),
+        (foreign, "no saved state of this version"),
+        (tmp_path / "text.state", "truncated or damaged, or no saved state"),
+        (state, "of 2 rows, for 3 prompts"),
+    ):
+        given = (f"checkpoint={checkpoint}", f"state={file}", "prompt=a", "prompt=b", "prompt=c")
+        assert refusal(capsys, *given).startswith(f"state={file}: {message}")
 
 
 def test_help_and_print_config(capsys: Any) -> None:

@@ -34,6 +34,20 @@ def test_mistakes_are_told_in_one_line(setting: str, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("output", ["none/bench.json", "", "file/bench.json"])
+def test_a_place_that_cannot_be_written_is_told_before_any_work(
+    output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("lightning_modules.generation.bench.Mamba2LM", None)  # what the work begins with
+    with pytest.raises(SystemExit):
+        main([f"output={tmp_path}/{output}"])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: output={tmp_path}/{output}: cannot be written (")
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
 def test_any_stretch_of_the_tokens_is_cut_from_one_text() -> None:
     source = random_tokens(3, 2, 50)
     whole = source(0, 3 * BLOCK)

@@ -1,6 +1,8 @@
 """Recurrent models of other families: states that are values, decays as they are, the commands on them."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,12 +12,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from conf.generate_schema import DecodingConfig
 from lightning_modules.checkpoints import load_model
 from lightning_modules.diagnose import main as diagnose
 from lightning_modules.diagnosis.probe import StateProbe
 from lightning_modules.evaluate import main as evaluate
+from lightning_modules.generation.bench import GuestStep
+from lightning_modules.generation.sampling import Sampler
+from lightning_modules.generation_bench import main as generation_bench
 from lightning_modules.guests.guest import Guest
 from lightning_modules.guests.load import load_guest
 from lightning_modules.guests.probe import GuestProbe
@@ -152,6 +159,74 @@ def test_the_probe_sees_what_becomes_of_a_state(folders: dict[str, Path], ids: T
         assert (kept[slow] < -0.05).sum() >= 3, name
 
 
+VARIANTS: dict[str, Any] = {  # of the families: what a config can turn on and off
+    "mamba": partial(
+        transformers.MambaConfig, **MAMBA, use_bias=True, tie_word_embeddings=False, conv_kernel=3, expand=3
+    ),
+    "falcon_mamba": partial(
+        transformers.FalconMambaConfig, **MAMBA, use_conv_bias=False, tie_word_embeddings=True
+    ),
+    "mamba2": partial(
+        transformers.Mamba2Config,
+        **MAMBA,
+        **{"num_heads": 4, "head_dim": 8, "chunk_size": 16, "use_conv_bias": False, "n_groups": 1},
+        time_step_limit=(0.02, 0.1),
+    ),
+    "rwkv": partial(
+        transformers.RwkvConfig,
+        **{"hidden_size": 16, "num_hidden_layers": 5, "vocab_size": VOCABULARY, "rescale_every": 2},
+        tie_word_embeddings=True,
+    ),
+    "qwen3_next": partial(
+        transformers.Qwen3NextConfig,
+        **{
+            **QWEN,
+            "num_experts": 4,
+            "mlp_only_layers": [],
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+        **{"shared_expert_intermediate_size": 16, "full_attention_interval": 2},
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_in_bfloat16_are_read_as_transformers_reads_them(
+    name: str, tmp_path: Path, ids: Tensor, check_close: Any
+) -> None:
+    """Biases, ties, limits of dt, experts; weights in bfloat16, states and products in fp32."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(VARIANTS[name]()).to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    guest = load_guest(tmp_path)
+    assert guest.lm_head.weight.dtype == torch.float32
+    assert torch.equal(guest.lm_head.weight, model.get_output_embeddings().weight.float())
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = theirs.eval()(ids, use_cache=False).logits
+    hidden, whole = guest.hidden(ids)
+    check_close(logits(guest, hidden), expected, 1e-5, "in one piece")
+    for sizes in ([1] * 41, [1, 12, 1, 1, 26]):
+        pieces, state = [], None
+        for part in ids.split(sizes, 1):
+            some, state = guest.hidden(part, state)
+            pieces.append(some)
+        check_close(logits(guest, torch.cat(pieces, 1)), expected, 1e-4, str(sizes))
+        assert state is not None
+        for layer, (a, b) in enumerate(zip(guest.states(state), guest.states(whole), strict=True)):
+            check_close(a, b, 1e-4, f"layer {layer}")
+
+
+def test_only_attention_grows(guest: Guest, ids: Tensor) -> None:
+    layers, size = guest.growth()
+    assert layers == ([3] if guest.config.family == "qwen3_next" else [])
+    near, far = (guest.hidden(ids[:, :length])[1].nbytes for length in (10, 40))
+    assert far - near == 30 * 3 * size
+
+
 def silence(guest: Guest) -> None:
     """Nothing is written from here on in the first layer."""
     layer: Any = guest.get_submodule(f"model.{guest.config.layer_names[0]}")
@@ -186,7 +261,49 @@ def test_mamba2_as_a_guest_measures_what_our_own_model_does(tmp_path: Path, ids:
         assert np.allclose(values, taken[1][name], rtol=1e-3, atol=1e-4), name
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "rwkv", "qwen3_next"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_guest_in_the_bench(
+    name: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [f"checkpoint={folders[name]}", "positions=[16,48]", "tokens=3", "rounds=2", "threads=1"]
+    generation_bench([*line, "batch_size=2", f"output={tmp_path}/bench.json"])
+    told = capsys.readouterr().out
+    result = json.loads((tmp_path / "bench.json").read_text())
+    near, far = result["positions"]
+    assert (result["family"], result["step"]) == (name, "GuestStep")
+    assert min(near["tokens_per_second"], far["tokens_per_second"]) > 0
+    grown = 2 * 32 * result["growing_bytes_per_token"]
+    assert far["state_bytes"] - near["state_bytes"] == grown
+    assert (grown > 0) == (name == "qwen3_next") == ("in layers 3: they are of attention" in told)
+    for setting, said in (
+        ("dtype=bfloat16", "dtype=bfloat16: not of a guest"),
+        ("cuda_graph=true", "cuda_graph=True: not of a guest"),
+        ("mitigation.name=hard_reset mitigation.every=9", "mitigation.name=hard_reset: not of a guest"),
+    ):
+        with pytest.raises(SystemExit):
+            generation_bench([*line, *setting.split()])
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {said}")
+        assert error.count("\n") == 1
+
+
+def test_a_guests_step_chooses_what_transformers_generates(folders: dict[str, Path], ids: Tensor) -> None:
+    """Token by token from a state, as the bench times it."""
+    for name, folder in folders.items():
+        guest = load_guest(folder)
+        step = GuestStep(guest, guest.hidden(ids[:, :-1])[1], Sampler(DecodingConfig(), VOCABULARY))
+        tokens, made = ids[:, -1], []
+        for _ in range(6):
+            tokens = step(tokens, torch.ones(3, dtype=torch.bool), torch.zeros(3).double())
+            made.append(tokens)
+        whole = ids
+        with torch.no_grad():
+            for _ in range(6):
+                whole = torch.cat([whole, guest.model(whole, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(torch.stack(made, 1), whole[:, -6:]), name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_commands_take_a_guest(
     name: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,16 +355,106 @@ def test_what_a_guest_cannot_do_is_said(
     )
     assert "acts in our own scan" in refused(*line, "mitigation.name=all")
     assert "data.train_length" in refused(*line[:3])
-    # transformers would draw what is missing at random
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    from safetensors.torch import load_file, save_file
 
-    weights = load_file(folders["rwkv"] / "model.safetensors")
-    del weights["rwkv.blocks.1.attention.key.weight"]
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    (broken / "config.json").write_text((folders["rwkv"] / "config.json").read_text())
-    line[0] = f"checkpoint={broken}"
-    assert "has no rwkv.blocks.1.attention.key.weight" in refused(*line, "data.name=passkey")
-    (broken / "config.json").write_text('{"model_type": "llama"}')
-    assert "model_type=llama" in refused(*line, "data.name=passkey")
+
+def edited(folder: Path, target: Path, **settings: Any) -> Path:
+    """A copy with other settings in its config."""
+    shutil.copytree(folder, target)
+    file = target / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return target
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "another_family": (
+        {"model_type": "llama"},
+        "model_type=llama: neither Mamba-2 nor a guest known here: kn",
+    ),
+    "no_family": ({"model_type": ["mamba"]}, r"model_type=\['mamba'\]: neither Mamba-2 nor a guest"),
+    "no_number": ({"hidden_size": "wide"}, "config.json: does not hold .*expected int, got str"),
+    "no_layers": ({"num_hidden_layers": -1}, "config.json: does not hold "),
+    "sizes": ({"state_size": 8}, r"A_log has shape \(32, 4\), its config asks for \(32, 8\)"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_config_is_one_line(
+    settings: dict[str, Any],
+    message: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = edited(folders["mamba"], tmp_path / "wrong", **settings)
+    error = refused(capsys, path)
+    assert re.search(message, error), error
+
+
+def refused(capsys: pytest.CaptureFixture[str], path: Path, *further: str) -> str:
+    line = [f"checkpoint={path}", UNTRACKED, "data.train_length=128", "data.name=passkey"]
+    with pytest.raises(SystemExit):
+        evaluate([*line, *(further or ("data.tokenizer=bytes",)), f"run_dir={path}-out"])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+def test_wrong_weights_are_one_line_and_no_code_runs(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = edited(folders["mamba"], tmp_path / "broken")
+    file = path / "model.safetensors"
+    weights = load_file(file)
+    name = "backbone.layers.1.mixer.x_proj.weight"
+    # transformers would draw what is missing at random
+    save_file({k: v for k, v in weights.items() if k != name}, file, metadata={"format": "pt"})
+    assert f"has no {name}: it is incomplete" in refused(capsys, path)
+    save_file(weights | {"further": torch.zeros(2)}, file, metadata={"format": "pt"})
+    assert "holds, without a place for it, further" in refused(capsys, path)
+    save_file(weights | {name: torch.full_like(weights[name], torch.nan)}, file, metadata={"format": "pt"})
+    assert f"{name} is not finite everywhere" in refused(capsys, path)
+    assert "say what it was trained with, e.g. data.tokenizer=" in refused(capsys, path, "seed=1")
+    file.write_bytes(file.read_bytes()[:500])
+    assert "cannot be loaded" in refused(capsys, path)
+    file.unlink()
+    assert "cannot be loaded (Error no file named model.safetensors" in refused(capsys, path)
+    torch.save({"x": Touch(tmp_path / "ran")}, path / "pytorch_model.bin")
+    assert "holds more than tensors, which only running its code would read" in refused(capsys, path)
+    (path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (path / "pytorch_model.bin").unlink()
+    save_file(weights, file, metadata={"format": "pt"})
+    remote = {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    assert load_guest(edited(path, tmp_path / "remote", **remote)).config.family == "mamba"
+    assert "neither Mamba-2 nor a guest" in refused(
+        capsys, edited(path, tmp_path / "other", model_type="own", **remote)
+    )
+    assert not (tmp_path / "ran").exists()
+
+
+class Touch:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_rwkv_fetches_no_kernel_and_says_what_it_cannot_carry(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where transformers sees a GPU it would run a compiled kernel of the hub."""
+    from transformers.models.rwkv import modeling_rwkv
+
+    fetched: list[int] = []
+    monkeypatch.setattr(modeling_rwkv, "is_torch_cuda_available", lambda: True)
+    monkeypatch.setattr(modeling_rwkv, "is_ninja_available", lambda: True)
+    monkeypatch.setattr(modeling_rwkv, "load_wkv_cuda_kernel", fetched.append)
+    load_guest(folders["rwkv"])
+    assert fetched == []
+    transformers.AutoModelForCausalLM.from_pretrained(folders["rwkv"])
+    assert fetched, "or this test shows nothing"
+    path = edited(folders["rwkv"], tmp_path / "wide", attention_hidden_size=24)
+    with pytest.raises(ValueError, match=r"wide: attention_hidden_size=24: transformers carries states of"):
+        load_guest(path)

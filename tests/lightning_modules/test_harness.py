@@ -140,6 +140,29 @@ def test_local_tasks_are_answered_whole_and_with_their_lengths(
     assert "the harness has no no_such_task" in capsys.readouterr().err
 
 
+def test_an_empty_continuation_is_certain(checkpoint: Path) -> None:
+    """Of which the harness' own models fail: an assertion."""
+    pytest.importorskip("lm_eval", reason=INSTALL)
+    from lm_eval.api.instance import Instance
+
+    from data.tokenizers import load_tokenizer
+    from lightning_modules.checkpoints import load_model
+    from lightning_modules.lm_harness.model import LongstateLM
+    from lightning_modules.lm_harness.reading import BatchReader
+
+    reader = BatchReader(load_model(checkpoint), lambda length: None, 4096, 4)
+    model = LongstateLM(reader, load_tokenizer("bytes"), None, 8)
+    pairs = [("a b", ""), ("a b ", ""), ("", ""), ("a b", " c"), ("", "x"), ("a ", "\n")]
+    requests = [Instance("loglikelihood", {}, pair, i, metadata=("t", i, 1)) for i, pair in enumerate(pairs)]
+    found = model.loglikelihood(requests)
+    assert found[:3] == [(0.0, True)] * 3
+    assert all(log_p < 0 for log_p, _ in found[3:])
+    assert [length.tokens for length in model.lengths] == [3, 4, 1, 5, 2, 3]
+    assert model.loglikelihood_rolling(
+        [Instance("loglikelihood_rolling", {}, ("",), 0, metadata=("t", 0, 1))]
+    ) == [0.0]
+
+
 def test_without_the_extra_one_line_says_how_to_get_it(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,6 +50,18 @@ def test_padding_batches_and_segments_change_nothing(rule: dict, segment: int) -
         assert score.greedy == bool((logits.argmax(-1).numpy() == ending).all())
 
 
+def test_an_empty_continuation_is_certain_and_costs_nothing() -> None:
+    reader = make_reader({"name": "none"}, 4096, rows=2)
+    (context, other), (ending, nothing) = texts(30, 20), (texts(5)[0], np.empty(0, np.int64))
+    alone = reader.likelihoods([(context, ending)])[0]
+    assert reader.tokens == 30 + 4
+    empty, among, last = reader.likelihoods([(context, nothing), (context, ending), (other, nothing)])
+    assert (empty.log_p, empty.greedy) == (last.log_p, last.greedy) == (0.0, True)
+    assert among == alone
+    assert reader.tokens == 2 * (30 + 4)
+    assert reader.likelihoods([(other, nothing)])[0].greedy
+
+
 def test_a_shared_context_is_read_once() -> None:
     reader = make_reader({"name": "none"}, 4096, rows=8)
     (context,), endings = texts(1000), texts(5, 5, 5, 5)
