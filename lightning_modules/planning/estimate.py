@@ -109,12 +109,15 @@ def _estimate(config: TrainConfig, device: Device, graphed: bool) -> Estimate:
     segment = min(config.trainer.segment_length or length, length)
     segments = -(-length // segment)
     count, (of_parameters, of_gradients, of_optimizer) = sizes.parameters(c), shares(config)
-    per_token = sizes.saved_per_token(c, e, device.on_gpu) + sizes.workspace_per_token(c, e)
+    fused = sizes.fused(config, device.on_gpu)
+    per_token = sizes.saved_per_token(c, e, device.on_gpu, fused) + sizes.workspace_per_token(c, e, fused)
     states = sizes.state_bytes(c, e)
     activations = rows * segment * per_token
     if device.on_gpu:
         of_scan = 2 * e * rows * segment / sizes.STATE_CHUNK * c.n_heads * c.headdim * c.d_state
-        activations += min(of_scan, max(SLAB_BYTES, of_scan / 16))
+        slab = min(of_scan, max(SLAB_BYTES, of_scan / 16))
+        of_borders = 4 * rows * c.n_heads * c.headdim * c.d_state  # between slabs, fp32, kept in every layer
+        activations += slab + c.n_layers * of_borders * -(-of_scan // slab)
     passes = 4 - 1 / segments  # forward, backward as two, and once more forward but for the last segment
     tokens = config.data.batch_size * config.data.train_length
     speed = config.trainer.ranks * device.flops * device.efficiency

@@ -26,10 +26,18 @@ def element(config: TrainConfig) -> int:
     return 2 if config.trainer.precision == "bf16-mixed" else 4
 
 
-def saved_per_token(c: ModelConfig, e: int, on_gpu: bool) -> float:
+def fused(config: TrainConfig, on_gpu: bool) -> bool:
+    """Whether layers are `kernels.mixer`'s one operator, which keeps less."""
+    factors = ("none", "forget_more", "delta_scale", "decay_scale")
+    return on_gpu and config.trainer.context_parallel == 1 and config.mitigation.name in factors
+
+
+def saved_per_token(c: ModelConfig, e: int, on_gpu: bool, fused: bool = False) -> float:
     """Bytes that one token leaves in all layers and the head until the backward pass has read them."""
     layer: float = 4 * c.d_model + 4  # residual stream and the norm's inverse, fp32
-    layer += e * (c.d_model + c.d_in_proj + c.conv_dim + 2 * c.d_inner) + 4
+    layer += e * (c.d_model + c.d_in_proj + c.d_inner) + 4
+    if not fused:
+        layer += e * (c.conv_dim + c.d_inner)  # what convolution and gated norm make
     if on_gpu:
         layer += 8 * c.n_heads  # sums of log decays, weights
     else:
@@ -38,8 +46,10 @@ def saved_per_token(c: ModelConfig, e: int, on_gpu: bool) -> float:
     return c.n_layers * layer + 12 * c.d_model + e * c.d_model + 12
 
 
-def workspace_per_token(c: ModelConfig, e: int) -> float:
+def workspace_per_token(c: ModelConfig, e: int, fused: bool = False) -> float:
     """Bytes of gradients on their way through a layer, beside what is still saved then."""
+    if fused:  # those of y, of zxbcdt and of the convolution's output, which is made again
+        return 8 * c.d_model + e * (c.d_inner + c.d_in_proj + 2 * c.conv_dim)
     return 8 * c.d_model + e * c.d_in_proj / 2
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from conf.load import parse
 from conf.plan_schema import PlanConfig
 from conf.schema import ModelConfig
-from lightning_modules.backbone import Mamba2LM
+from lightning_modules.backbone import Mamba2, Mamba2LM
 from lightning_modules.plan import DEVICES, main
 from lightning_modules.planning import sizes
 from lightning_modules.planning.estimate import advice, estimate, longest_segment
@@ -71,6 +71,13 @@ def test_what_a_token_leaves_is_counted_right(bf16: bool, layers: int) -> None:
     measured = (saved_bytes(config, 1024, bf16) - saved_bytes(config, 512, bf16)) / 512
     counted = sizes.saved_per_token(config, 2 if bf16 else 4, on_gpu=False)
     assert counted == pytest.approx(measured, rel=0.01)
+
+
+def test_what_the_fused_layer_leaves_is_counted_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, in Triton's interpreter."""
+    monkeypatch.setattr(Mamba2, "_fuses", lambda *_: True)
+    measured = (saved_bytes(SMALL, 192, bf16=False) - saved_bytes(SMALL, 128, bf16=False)) / 64
+    assert sizes.saved_per_token(SMALL, 4, on_gpu=True, fused=True) == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.parametrize(
