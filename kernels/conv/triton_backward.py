@@ -2,8 +2,9 @@
 
 At token t it knows the last W inputs (`window`), forms the sum and its gradient d_t once, adds d_t to the
 gradients of the W inputs that the sum read (`pending`) and lets go of the oldest: x and dy are read once,
-GROUP tokens ahead, dx written once. Segments inside one row and one document are walked without masks. Weight
-and bias gradients are summed over the program's tokens; these partial sums are added outside, in a fixed order.
+GROUP tokens ahead, dx written once. Segments inside one row and one document are walked without masks.
+Weight and bias gradients are summed over the program's tokens; these partial sums are added outside, in a
+fixed order.
 """
 
 # ruff: noqa: RUF005  (Triton knows no unpacking)
@@ -52,7 +53,7 @@ def _walk(
     xs, dys, window, age, taps, b, x_row, dy_row, dx_row, flags, dtail, dbefore, states, out,
     stride_x_t, stride_dy_t, stride_dx_t, left, first, live, c, C,
     STARTS: tl.constexpr, ACTIVATION: tl.constexpr, BEFORE: tl.constexpr, DTAIL: tl.constexpr,
-    PLAIN: tl.constexpr, EVEN: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr,
+    PLAIN: tl.constexpr, EVEN: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """dx of ROWS segments, and the sums over their tokens, written to `out`.
 
@@ -70,25 +71,21 @@ def _walk(
         if k > 0:
             pending = pending + (zero,)
 
-    for base in range(0, SEGMENT, GROUP):
-        x_ahead = window[:0]
-        dy_ahead = window[:0]
-        begins = window[:0]
-        for u in tl.static_range(GROUP):
-            i = tl.cast(base + GROUP + u, tl.int64)
-            here = base + GROUP < SEGMENT if PLAIN else (base + GROUP + u < left)[:, None]
-            x_ahead = x_ahead + (load(x_row + i * stride_x_t, here, cols, False, EVEN),)
-            dy_ahead = dy_ahead + (load(dy_row + i * stride_dy_t, here, cols, False, EVEN),)
-            if MASKS:
-                begins = begins + (tl.load(flags + base + u, mask=base + u < left, other=0).to(tl.int32),)
-            else:
-                begins = begins + (age,)
-        for u in tl.static_range(GROUP):
+    STEP: tl.constexpr = len(xs) if PLAIN else 1
+    for base in range(0, SEGMENT, STEP):
+        for u in tl.static_range(STEP):
             i = base + u
+            later = tl.cast(i + len(xs), tl.int64)
+            here = base + len(xs) < SEGMENT if PLAIN else (i + len(xs) < left)[:, None]
+            v, g = xs[0].to(tl.float32), dys[0].to(tl.float32)
+            xs = xs[1:] + (load(x_row + later * stride_x_t, here, cols, False, EVEN),)
+            dys = dys[1:] + (load(dy_row + later * stride_dy_t, here, cols, False, EVEN),)
+            begins = age
+            if MASKS:
+                begins = tl.load(flags + i, mask=i < left, other=0).to(tl.int32)
             window, pending, age, d, read = _step(
-                window, pending, age, xs[u].to(tl.float32), dys[u].to(tl.float32), begins[u], taps, b,
-                MASKS, ACTIVATION,
-            )  # fmt: skip
+                window, pending, age, v, g, begins, taps, b, MASKS, ACTIVATION
+            )
             added = (sums[0] + d,)
             for k in tl.static_range(W):
                 added = added + (sums[k + 1] + d * read[k],)
@@ -104,7 +101,6 @@ def _walk(
                 store(place, oldest, ((i >= W - 1) & (i - (W - 1) < left))[:, None], cols, False, EVEN)
             if BEFORE and not PLAIN:
                 store(dbefore + states + i * C, oldest, (first & (i < W - 1))[:, None], cols, False, EVEN)
-        xs, dys = x_ahead, dy_ahead
 
     for j in tl.static_range(W - 1):  # sums of the tokens that follow, as far as they read this segment
         i = SEGMENT + j
@@ -192,17 +188,17 @@ def conv_backward_kernel(
         w = load(weight + c * stride_w_c + k * stride_w_k, True, channel, True, EVEN).to(tl.float32)
         taps = taps + (w[None, :],)
     out = partial + program.to(tl.int64) * (W + 1) * C + c
-    if tl.min(plain.to(tl.int32), 0) != 0:
+    if W <= 4 and tl.min(plain.to(tl.int32), 0) != 0:  # wider kernels take minutes to compile twice
         _walk(
             xs, dys, window, age, taps, b, x_row, dy_row, dx_row, flags, dtail, dbefore, states, out,
             stride_x_t, stride_dy_t, stride_dx_t, left, first, live, c, C,
-            STARTS, ACTIVATION, BEFORE, DTAIL, True, EVEN, SEGMENT, GROUP,
+            STARTS, ACTIVATION, BEFORE, DTAIL, True, EVEN, SEGMENT,
         )  # fmt: skip
     else:
         _walk(
             xs, dys, window, age, taps, b, x_row, dy_row, dx_row, flags, dtail, dbefore, states, out,
             stride_x_t, stride_dy_t, stride_dx_t, left, first, live, c, C,
-            STARTS, ACTIVATION, BEFORE, DTAIL, False, EVEN, SEGMENT, GROUP,
+            STARTS, ACTIVATION, BEFORE, DTAIL, False, EVEN, SEGMENT,
         )  # fmt: skip
 
 

@@ -14,14 +14,14 @@ from kernels.tuning import Config, bucket, pick
 
 MAX_WIDTH = 16  # no tile and no segment is shorter
 FORWARD_CONFIGS = (
-    Config(num_warps=1, meta={"SEGMENT": 64, "GROUP": 4, "BLOCK_C": 128}),
     Config(num_warps=1, meta={"SEGMENT": 64, "GROUP": 8, "BLOCK_C": 128}),
     Config(num_warps=1, meta={"SEGMENT": 32, "GROUP": 4, "BLOCK_C": 256}),
+    Config(num_warps=1, meta={"SEGMENT": 32, "GROUP": 8, "BLOCK_C": 128}),
 )
 BACKWARD_CONFIGS = (
-    Config(num_warps=4, meta={"SEGMENT": 64, "GROUP": 4, "ROWS": 4, "BLOCK_C": 128}),
-    Config(num_warps=4, meta={"SEGMENT": 64, "GROUP": 2, "ROWS": 4, "BLOCK_C": 128}),
-    Config(num_warps=4, meta={"SEGMENT": 64, "GROUP": 4, "ROWS": 4, "BLOCK_C": 64}),
+    Config(num_warps=4, meta={"SEGMENT": 64, "GROUP": 8, "ROWS": 4, "BLOCK_C": 128}),
+    Config(num_warps=4, meta={"SEGMENT": 64, "GROUP": 8, "ROWS": 8, "BLOCK_C": 64}),
+    Config(num_warps=4, meta={"SEGMENT": 64, "GROUP": 2, "ROWS": 4, "BLOCK_C": 64}),
 )
 
 

@@ -17,28 +17,22 @@ from kernels.conv.triton_step import load, sigmoid, store
 def _walk(
     now, window, age, taps, b, x_row, y_row, flags, stride_x_t, left, channel, C,
     W: tl.constexpr, STARTS: tl.constexpr, ACTIVATION: tl.constexpr, PLAIN: tl.constexpr, EVEN: tl.constexpr,
-    GROUP: tl.constexpr,
 ):  # fmt: skip
     """y of `left` tokens. now: the first GROUP inputs; window: the W - 1 before them, fp32.
 
     age: tokens since the document began; an input `lag` tokens earlier is of the same document if age >= lag.
     PLAIN: every input is, and GROUP divides `left`.
     """
-    for base in range(0, left, GROUP):
-        ahead = window[:0]
-        begins = window[:0]
-        for u in tl.static_range(GROUP):
-            i = base + GROUP + u
-            # a whole group follows, or none
-            here = base + GROUP < left if PLAIN else i < left
-            ahead = ahead + (load(x_row + tl.cast(i, tl.int64) * stride_x_t, here, channel, False, EVEN),)
-            if STARTS and not PLAIN:
-                begins = begins + (tl.load(flags + base + u, mask=base + u < left, other=0),)
-        for u in tl.static_range(GROUP):
+    STEP: tl.constexpr = len(now) if PLAIN else 1
+    for base in range(0, left, STEP):
+        for u in tl.static_range(STEP):
             i = base + u
+            here = base + len(now) < left  # a plain segment's last steps have nothing to load
+            window = window + (now[0].to(tl.float32),)
+            later = x_row + tl.cast(i + len(now), tl.int64) * stride_x_t
+            now = now[1:] + (load(later, here, channel, False, EVEN),)
             if STARTS and not PLAIN:
-                age = tl.where(begins[u] != 0, 0, age + 1)
-            window = window + (now[u].to(tl.float32),)
+                age = tl.where(tl.load(flags + i, mask=i < left, other=0) != 0, 0, age + 1)
             total = b
             for k in tl.static_range(W):
                 v = window[k]
@@ -49,7 +43,6 @@ def _walk(
                 total = total * sigmoid(total)
             window = window[1:]
             store(y_row + tl.cast(i, tl.int64) * C, total, i < left, channel, PLAIN, EVEN)
-        now = ahead
 
 
 @triton.jit
@@ -57,7 +50,8 @@ def _segment(
     x, weight, bias, before, starts, table, y, stride_x_b, stride_x_t, stride_w_c, stride_w_k,
     segment, T, n_segments, per_row, c, C,
     W: tl.constexpr, BIAS: tl.constexpr, BEFORE: tl.constexpr, STARTS: tl.constexpr, ACTIVATION: tl.constexpr,
-    PACKED: tl.constexpr, EVEN: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr,
+    PACKED: tl.constexpr, EVEN: tl.constexpr,
+    SEGMENT: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y of a segment."""
     batch, row, start, _, end, first = locate(segment, table, n_segments, per_row, T, SEGMENT, PACKED)
@@ -100,12 +94,12 @@ def _segment(
     if plain:
         _walk(
             now, window, age, taps, b, x_row, y_row, flags, stride_x_t, SEGMENT, channel, C,
-            W, STARTS, ACTIVATION, True, EVEN, GROUP,
+            W, STARTS, ACTIVATION, True, EVEN,
         )  # fmt: skip
     else:
         _walk(
             now, window, age, taps, b, x_row, y_row, flags, stride_x_t, left, channel, C,
-            W, STARTS, ACTIVATION, False, EVEN, GROUP,
+            W, STARTS, ACTIVATION, False, EVEN,
         )  # fmt: skip
 
 
@@ -128,7 +122,9 @@ def _final_state(
             begun = position + 1
             seen = seen & (tl.load(starts + batch * T + begun, mask=begun >= begin, other=0) == 0)
         inside = position >= begin
-        v = tl.load(x + batch * stride_x_b + position * stride_x_t + c, mask=channel & seen & inside, other=0.0)
+        v = tl.load(
+            x + batch * stride_x_b + position * stride_x_t + c, mask=channel & seen & inside, other=0.0
+        )
         if BEFORE:
             state = before + ((row + 1) * (W - 1) + position - begin) * C + c
             v += tl.load(state, mask=channel & seen & (position < begin), other=0.0)
@@ -141,7 +137,8 @@ def conv_forward_kernel(
     stride_x_b, stride_x_t, stride_w_c, stride_w_k,
     T, n_segments, per_row, C,
     W: tl.constexpr, BIAS: tl.constexpr, BEFORE: tl.constexpr, STARTS: tl.constexpr, ACTIVATION: tl.constexpr,
-    PACKED: tl.constexpr, EVEN: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr,
+    PACKED: tl.constexpr, EVEN: tl.constexpr,
+    SEGMENT: tl.constexpr, GROUP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of channels, fastest, of the segments, then of the rows' final states (rows, W - 1, C)."""
     blocks = tl.cdiv(C, BLOCK_C)

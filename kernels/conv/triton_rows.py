@@ -30,7 +30,7 @@ def segment_table(cu_seqlens: Tensor, length: int, size: int) -> Tensor:
 
 @triton.jit
 def locate(segment, table, n_segments, per_row, T, SIZE: tl.constexpr, PACKED: tl.constexpr):
-    """Of segments (int32): batch, row, first token, first and last + 1 of the row, int64; whether it begins."""
+    """Of segments (int32): batch, row, first token, row's first and last + 1 (int64); whether it begins."""
     known = segment < n_segments
     if PACKED:
         row = tl.load(table + segment, mask=known, other=-1)

@@ -1,7 +1,7 @@
 """What both kernels of the convolution do at every token: loads, stores and the sigmoid.
 
-here: whether there is the token, one value or one a segment; channel: which channels there are, all of them if
-EVEN; WHOLE: the token is known to be there. What needs no mask gets none.
+here: whether there is the token, one value or one a segment; channel: which channels there are, all of them
+if EVEN; WHOLE: the token is known to be there. What needs no mask gets none.
 """
 
 # mypy: allow-incomplete-defs
@@ -43,10 +43,10 @@ def store(at, v, here, channel, WHOLE: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def sigmoid(v):
-    """1 / (1 + e^-v) in 4 instructions, each with an error of at most 2 units of the last place.
+    """1 / (1 + e^-v) in 4 instructions, to fp32's accuracy.
 
-    e^-v beyond fp32 is infinity and its reciprocal 0. Triton's own exponential and division take 9 more, to keep
-    numbers below 2^-126, which added to 1 are nothing.
+    Where e^-v is infinity in fp32, the result is 0. Triton's own exponential and division take 9 instructions
+    more, for e^-v below 2^-126, which does not change 1, and for results below 2^-126, which are 0 here.
     """
     if _INTERPRET:
         s = 1.0 / (1.0 + tl.exp2(v * -1.4426950408889634))

@@ -104,6 +104,44 @@ def test_every_config_equals_the_oracle(
         check_against_oracle(make(2, 70, channels=131), check_close, document_starts=starts_of(2, 70, 0.1))
 
 
+@pytest.mark.parametrize("width", [4, 5])
+@pytest.mark.parametrize("channels", [128, 132])
+@pytest.mark.parametrize("documents", [None, (70,), (0, 16, 70, 131)])
+def test_segments_inside_a_row_and_a_document_equal_the_oracle(
+    channels: int, documents: tuple[int, ...] | None, width: int, check_close: Any
+) -> None:
+    """Those are walked without masks: by the backward kernel 4 together, of its first 4 none, up to width 4.
+
+    Channels fill the blocks or not. Documents begin in some segments, at their first token and just before.
+    """
+    length = 212 if DEVICE == "cpu" else 800
+    starts = None
+    if documents is not None:
+        starts = torch.zeros(1, length, dtype=torch.bool, device=DEVICE)
+        starts[:, list(documents)] = True
+    check_against_oracle(make(1, length, channels=channels, width=width), check_close, document_starts=starts)
+
+
+def test_extreme_sums_give_zero_or_themselves(check_close: Any) -> None:
+    """The sigmoid keeps fp32's accuracy from end to end; far out it is 0 or 1, its gradient too."""
+    far = torch.tensor([-1e30, -1e4, -200.0, 200.0, 1e4, 1e30], device=DEVICE)
+    x = torch.cat([torch.linspace(-80, 80, 1000, device=DEVICE), far])[None, :, None].requires_grad_()
+    weight = torch.tensor([[0.0, 1.0]], device=DEVICE)
+    y, _ = causal_conv1d(x, weight, backend="triton")
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    double = x.detach().double().requires_grad_()
+    expected = torch.nn.functional.silu(double)
+    (expected_slope,) = torch.autograd.grad(expected.sum(), double)
+    near = expected[:, :1000] != 0
+    relative = (y.double() / expected - 1)[:, :1000][near]
+    assert relative.abs().max() < 2e-5  # |x| units of fp32's last place: e^x multiplies the rounding of x
+    middle = x[0, :1000, 0].abs() < 10
+    assert (y.double() / expected - 1)[0, :1000, 0][middle].abs().max() < 2e-6
+    check_close(slope[:, :1000], expected_slope[:, :1000], 1e-6)
+    assert torch.equal(y[0, 1000:, 0], far.clamp(min=0))
+    assert torch.equal(slope[0, 1000:, 0], (far > 0).float())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_inputs_and_outputs_only(dtype: torch.dtype, check_close: Any) -> None:
     check_against_oracle(make(2, 33), check_close, dtype, document_starts=starts_of(2, 33, 0.1))
