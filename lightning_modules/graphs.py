@@ -4,6 +4,7 @@ The layers of a step are some 60 kernels each; launching them takes the host mil
 tokens there are. Where a micro-batch is computed faster than it is launched, a graph gives the rest back.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ def capture(compute: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDA
 
     pool: memory shared with other graphs, of which one runs at a time (`torch.cuda.graph_pool_handle`).
     """
+    pool = pool or torch.cuda.graph_pool_handle()
     side, current = torch.cuda.Stream(), torch.cuda.current_stream()
     side.wait_stream(current)
     with torch.cuda.stream(side):
@@ -40,10 +42,23 @@ def capture(compute: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDA
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = compute()
+    except BaseException:
+        torch.cuda.set_stream(current)
+        _abandon(pool)
+        raise
     finally:
-        torch.cuda.set_stream(current)  # a capture that fails leaves its own
         torch.clear_autocast_cache()
     return graph, result
+
+
+def _abandon(pool: Any) -> None:
+    """After a capture that could not be ended. PyTorch 2.11 believes that it lasts and keeps its memory for
+    good (seen on a GPU: with this it comes back); one that did end has nothing to undo. Its default generator
+    on the device stays out of use, from which nothing here draws."""
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
 
 
 class StaticInputs:
@@ -110,7 +125,8 @@ class _Captured:
         except RuntimeError as error:  # something in it waits for the device
             if isinstance(error.__context__, torch.OutOfMemoryError):  # then the capture cannot end either
                 raise error.__context__ from None
-            raise CaptureError(" ".join(str(error).split())[:200]) from error
+            first = error.__context__ or error  # the last one only says that there was one before
+            raise CaptureError(" ".join(str(first).split())[:200]) from error
 
     def replay(self, batch: Batch, state: ModelState | None) -> None:
         self.inputs.fill(batch, state)

@@ -225,7 +225,7 @@ def show(measured: Sequence[Row], product: float | None) -> None:
         own = ours[row.length]
         ratio = f"{own / row.tokens_per_second:.2f}x" if row.system != "ours" and own else ""
         cells += [f"{row.tokens_per_second:,.0f}", f"{row.host_seconds / row.seconds:.0%}"]
-        table.add_row(*cells, share, f"{row.peak_gib:.1f}", ratio)
+        table.add_row(*cells, f"{row.flops_per_second / 1e12:.0f}", share, f"{row.peak_gib:.1f}", ratio)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

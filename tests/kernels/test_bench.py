@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kernels import bench, warmup
-from kernels.benchmarks import check, costs, operators, report, rivals
+from kernels.benchmarks import check, costs, operators, report, rivals, training
 from kernels.benchmarks.costs import Cost, Machine
 from kernels.benchmarks.inputs import cotangent, leaves, scan_inputs
 from kernels.benchmarks.operators import BenchConfig
@@ -224,6 +224,19 @@ def test_training_at_two_lengths(tmp_path: Path) -> None:
     rows = run_bench(path, "suite=training", *sizes, *cut, "peers=[]")
     assert [(row["rows"], row["segment"]) for row in rows] == [(2, None), (1, 128)]
     assert all(row["tokens_per_second"] > 0 and row["peak_gib"] > 0 for row in rows)
+
+
+def test_no_column_of_training_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a terminal nor its width is there: the largest numbers as they are."""
+    numbers = (2.0, 1.9, 1_234_567.0, 131.25, 612.3e12)
+    rows = [training.Row("ours", 1_048_576, 1, 131_072, False, *numbers)]
+    rows += [training.Row("mamba_ssm", 1_048_576, 1, 131_072, True, *numbers)]
+    training.show(rows, 700e12)
+    shown = capsys.readouterr().out
+    assert "\u2026" not in shown
+    for words in ("launched", "TFLOP/s", "1,048,576", "131,072", "as a graph", "by kernel", "mamba_ssm"):
+        assert words in shown
+    assert all(words in shown for words in ("1,234,567", "95%", " 612 ", "87%", "131.2", "1.00x"))
 
 
 @pytest.mark.parametrize(
