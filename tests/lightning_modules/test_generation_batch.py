@@ -1,6 +1,7 @@
 """Prompts side by side are as each alone, under every mitigation; a token after many is as after few."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from data.tokenizers import ByteTokenizer
 from kernels.ssd import Mitigation
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.generation.loop import Generation, Generator, Row
+from lightning_modules.generation.text import BROKEN
 from lightning_modules.mitigations import LayerMitigations
 from lightning_modules.state import ModelState
+from tests.lightning_modules.made_tokenizers import byte_level
 from tests.lightning_modules.test_backbone_pieces import build
 
 CONFIG = ModelConfig(d_model=16, headdim=8, d_state=8, n_layers=2, n_groups=2, chunk_size=16, vocab_size=64)
@@ -76,8 +79,15 @@ def test_a_prompt_in_a_batch_is_as_alone_and_as_whole_passes(
             check_states(alone.state, model(whole, mitigation=mitigation).state, check_close)
 
 
-@pytest.mark.parametrize("side", ["left", "right", "between"])
-@pytest.mark.parametrize("name", ["none", "state_norm", "sliding_window", "hard_reset"])
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [(name, "left") for name in MITIGATIONS]
+    + [
+        (name, side)
+        for name in ("none", "state_norm", "sliding_window", "hard_reset")
+        for side in ("right", "between")
+    ],
+)
 def test_padding_changes_nothing_even_behind_a_state(
     model: Mamba2LM, prompts: list[np.ndarray], name: str, side: str, check_close: Any
 ) -> None:
@@ -128,6 +138,39 @@ def test_a_row_that_has_ended_changes_no_more(model: Mamba2LM, prompts: list[np.
     for row, text in zip(rows, free.texts, strict=True):
         assert row.text == text.split(stop)[0]
         assert row.finish == ("stop" if stop in text else "length")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "level"])
+def test_a_stop_string_across_the_borders_of_tokens(
+    kind: str, prompts: list[np.ndarray], tmp_path: Path
+) -> None:
+    """One that begins within a token and ends within another ends the text before it, and the same tokens
+    are read that would have been without."""
+    tokenizer = ByteTokenizer() if kind == "bytes" else byte_level(tmp_path)
+    sizes = {"vocab_size": tokenizer.vocab_size, "tie_embeddings": False}
+    model = build(ModelConfig(**{**vars(CONFIG), **sizes}), seed=0).eval()
+    chosen = torch.zeros(sizes["vocab_size"], 1)  # whole characters of one byte, or tokens of several
+    chosen[slice(32, 127) if kind == "bytes" else slice(257, None)] = 50
+    with torch.no_grad():
+        model.lm_head.weight *= chosen
+    settings: dict[str, Any] = {"temperature": 3.0, "max_new_tokens": 30, "tokenizer": tokenizer}
+    free = model.generate(prompts, **settings)
+    text, made = free.texts[2], free.tokens[2]
+    borders = {len(tokenizer.decode(made[:count])) for count in range(len(made) + 1)}
+    at = next(
+        at
+        for at in range(5, len(text) - 5)  # broken characters wait for what may make them whole
+        if BROKEN not in text[at : at + 5] and (kind == "bytes" or not {at, at + 5} & borders)
+    )
+    stop = text[at : at + 5]
+    first = text.index(stop)
+    ended = model.generate(prompts, **settings, stop=[stop])
+    assert ended.texts[2] == text[:first]
+    assert ended.rows[2].finish == "stop"
+    assert 1 < len(ended.tokens[2]) < 30
+    assert ended.tokens[2] == free.tokens[2][: len(ended.tokens[2])]
+    assert stop in tokenizer.decode(ended.tokens[2])
+    assert stop not in tokenizer.decode(ended.tokens[2][:-1])
 
 
 @pytest.mark.parametrize("length", [1, 3, 16, 1000])

@@ -1,5 +1,10 @@
 """What the harness' model reads, without the harness: equal to reading every sequence alone and whole."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -67,3 +72,41 @@ def test_a_shared_context_is_read_once() -> None:
     (context,), endings = texts(1000), texts(5, 5, 5, 5)
     reader.likelihoods([(context, ending) for ending in endings])
     assert reader.tokens == 1000 + 4 * 4
+
+
+PEAK = """
+import sys
+import numpy as np, torch
+from conf.schema import ModelConfig
+from lightning_modules.backbone import Mamba2LM
+from lightning_modules.lm_harness.reading import BatchReader
+from lightning_modules.memory import peak_memory_mib
+torch.set_num_threads(1)
+model = Mamba2LM(ModelConfig(d_model=64, d_state=16, headdim=32, vocab_size=4096)).eval()
+ids = np.random.default_rng(0).integers(4096, size=int(sys.argv[1]))
+reader = BatchReader(model, lambda length: None, segment=2048, rows=4)
+scores = reader.likelihoods([(ids, ids[:3]), (ids[:9], ids[:3]), (ids[:1], ids)])
+assert all(np.isfinite(score.log_p) for score in scores)
+assert reader.tokens > 2 * len(ids)
+print(peak_memory_mib(torch.device("cpu")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
+def test_memory_is_flat_in_the_length_of_a_request() -> None:
+    """A long context and a long text, in processes of their own. The logits of 65,536 tokens would take a
+    GiB, their hidden states 16 MiB a layer. Blocks are given back at once, so that what is held is seen."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
+    peaks = []
+    for length in ("4096", "65536"):
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, length],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        peaks.append(float(done.stdout))
+    assert peaks[1] < peaks[0] + 12, peaks
