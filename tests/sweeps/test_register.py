@@ -77,3 +77,9 @@ def test_nothing_to_register_is_one_line(config: SweepConfig) -> None:
     ):
         with pytest.raises(ValueError, match=rf"\Astudy=runs/tiny: {message}[^\n]*\Z"):
             choose(results(config, models), args(**settings), config)
+
+
+@pytest.mark.parametrize("name", ["it's", 'say "a"', "a/b", "50%"])
+def test_a_name_that_a_filter_cannot_hold_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"name=.*: must hold none of / : \. % and quotes"):
+        RegisterConfig(study="runs/tiny", name=name)
