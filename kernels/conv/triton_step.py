@@ -48,8 +48,8 @@ def sigmoid(v):
     Where e^-v is infinity in fp32, the result is 0. Triton's own exponential and division take 9 instructions
     more, for e^-v below 2^-126, which does not change 1, and for results below 2^-126, which are 0 here.
     """
-    if _INTERPRET:
-        s = 1.0 / (1.0 + tl.exp2(v * -1.4426950408889634))
+    if _INTERPRET:  # it knows no PTX, and warns of infinity
+        s = tl.where(v < -88.0, 0.0, 1.0 / (1.0 + tl.exp2(tl.maximum(v, -88.0) * -1.4426950408889634)))
     else:
         e = tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [v * -1.4426950408889634], tl.float32, True, 1

@@ -104,9 +104,10 @@ def test_every_config_equals_the_oracle(
         check_against_oracle(make(2, 70, channels=131), check_close, document_starts=starts_of(2, 70, 0.1))
 
 
-@pytest.mark.parametrize("width", [4, 5])
-@pytest.mark.parametrize("channels", [128, 132])
-@pytest.mark.parametrize("documents", [None, (70,), (0, 16, 70, 131)])
+@pytest.mark.parametrize(
+    ("channels", "width", "documents"),
+    [(128, 4, None), (128, 4, (70,)), (132, 4, (0, 16, 70, 131)), (256, 3, (131,)), (128, 5, (70,))],
+)
 def test_segments_inside_a_row_and_a_document_equal_the_oracle(
     channels: int, documents: tuple[int, ...] | None, width: int, check_close: Any
 ) -> None:
@@ -132,12 +133,11 @@ def test_extreme_sums_give_zero_or_themselves(check_close: Any) -> None:
     double = x.detach().double().requires_grad_()
     expected = torch.nn.functional.silu(double)
     (expected_slope,) = torch.autograd.grad(expected.sum(), double)
-    near = expected[:, :1000] != 0
-    relative = (y.double() / expected - 1)[:, :1000][near]
-    assert relative.abs().max() < 2e-5  # |x| units of fp32's last place: e^x multiplies the rounding of x
-    middle = x[0, :1000, 0].abs() < 10
-    assert (y.double() / expected - 1)[0, :1000, 0][middle].abs().max() < 2e-6
-    check_close(slope[:, :1000], expected_slope[:, :1000], 1e-6)
+    error = (y.double() / expected - 1)[0, :1000, 0].abs()  # linspace meets no zero
+    # e^-x multiplies the rounding of x; 1 - sigmoid, which the slope multiplies by x, is rounded like 1.
+    assert error.max() < 2e-5
+    assert error[x[0, :1000, 0].abs() < 10].max() < 2e-6
+    check_close(slope[:, :1000], expected_slope[:, :1000], 3e-6)
     assert torch.equal(y[0, 1000:, 0], far.clamp(min=0))
     assert torch.equal(slope[0, 1000:, 0], (far > 0).float())
 
