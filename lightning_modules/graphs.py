@@ -53,12 +53,15 @@ def capture(compute: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDA
 
 def _abandon(pool: Any) -> None:
     """After a capture that could not be ended. PyTorch 2.11 believes that it lasts and keeps its memory for
-    good (seen on a GPU: with this it comes back); one that did end has nothing to undo. Its default generator
-    on the device stays out of use, from which nothing here draws."""
+    good (seen on a GPU: with this it comes back); one that did end has nothing to undo. The device's default
+    generator would refuse to draw, too: it begins anew at its seed."""
     device = torch.cuda.current_device()
     with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
+    generator = torch.cuda.default_generators[device]
+    fresh = torch.Generator(f"cuda:{device}").manual_seed(generator.initial_seed())
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 class StaticInputs:

@@ -56,7 +56,7 @@ def norm_backward_kernel(
     """dx, dz (tokens, n_groups * size); partial (programs a group, n_groups * size) fp32: shares of dweight.
 
     A program takes `turns` times ROWS tokens that follow each other. AGAIN: y is written too, by the products
-    of the forward kernel in their order: the same bits. TOTAL: dtotal, another gradient of x, is added to dx.
+    of the forward kernel in their order. TOTAL: dtotal, another gradient of x, is added to dx.
     BRANCH: dx is written to dbranch too, in its dtype.
     """
     group = tl.program_id(0) % n_groups

