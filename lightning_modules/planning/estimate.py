@@ -9,6 +9,7 @@ GIB = 2**30
 USABLE = 0.92  # of a device's memory: the rest is fragmentation and what libraries take
 SHORTEST_SEGMENT = 512
 SLAB_BYTES = 128 * 2**20  # states and gradients that the scan's backward pass holds on a GPU, at least
+MOST_SEGMENTS = 16  # in one graph: longer ones have not been measured, and take long to capture
 HOST_SECONDS = 0.007  # to launch a layer forward and backward on a GPU, any tokens: 5 to 10 ms measured
 
 
@@ -66,6 +67,11 @@ def piece_of(config: TrainConfig) -> int:
     return config.data.train_length // config.trainer.context_parallel
 
 
+def segments_of(config: TrainConfig) -> int:
+    """Pieces that a device reads of a row, one after the other."""
+    return -(-piece_of(config) // (config.trainer.segment_length or piece_of(config)))
+
+
 def tokens_at_once(config: TrainConfig) -> int:
     """Tokens whose activations a device holds together."""
     return rows_of(config) * min(config.trainer.segment_length or piece_of(config), piece_of(config))
@@ -95,6 +101,9 @@ def why_eager(config: TrainConfig, device: Device) -> str | None:
         return None if asked else "trainer.cuda_graphs=false"
     if obstacle is not None:
         return obstacle[0]
+    segments = segments_of(config)
+    if segments > MOST_SEGMENTS:
+        return f"a row in {segments} segments, more than {MOST_SEGMENTS}"
     graphed = _estimate(config, device, graphed=True)
     if graphed.device_seconds >= graphed.host_seconds:
         return f"{tokens_at_once(config):,} tokens at a time are launched faster than computed"
@@ -105,9 +114,8 @@ def why_eager(config: TrainConfig, device: Device) -> str | None:
 
 def _estimate(config: TrainConfig, device: Device, graphed: bool) -> Estimate:
     c, e, rows = config.model, sizes.element(config), rows_of(config)
-    length = piece_of(config)
+    length, segments = piece_of(config), segments_of(config)
     segment = min(config.trainer.segment_length or length, length)
-    segments = -(-length // segment)
     count, (of_parameters, of_gradients, of_optimizer) = sizes.parameters(c), shares(config)
     fused = sizes.fused(config, device.on_gpu)
     per_token = sizes.saved_per_token(c, e, device.on_gpu, fused) + sizes.workspace_per_token(c, e, fused)

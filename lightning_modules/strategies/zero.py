@@ -27,6 +27,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from conf.schema import TrainConfig
+from lightning_modules.backbone import Mamba2
 from lightning_modules.finite import GradientWatch
 from lightning_modules.gradient_norms import norms_by_group
 from lightning_modules.strategies.zero_states import ZeroStates, full_weights
@@ -129,6 +130,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             self.engine = self.model
+            if self.zero_stage_3:
+                _announce_borrowed_parameters(self.lightning_module)
             self.states = ZeroStates(self.engine, self.lightning_module, self.zero_stage_3)
             if self.is_global_zero:
                 print(require_fp32(self.lightning_module, self.states), flush=True)
@@ -250,3 +253,15 @@ def require_fp32(module: nn.Module, states: "ZeroStates") -> str:
     width = max(len(name) for name, _, _ in rows)
     lines = [f"  {name:<{width}}  {str(dtype)[6:]}  {count:>15,}" for name, count, dtype in rows]
     return "\n".join([f"DeepSpeed ZeRO-{states.stage}; kept in:", *lines])
+
+
+def _announce_borrowed_parameters(model: torch.nn.Module) -> None:
+    """Tell DeepSpeed which parameters a layer reads itself that are its modules': it gathers a module's for
+    that module's calls, and the layer as one operator calls none but in_proj."""
+    import deepspeed
+
+    for mixer in model.modules():
+        if isinstance(mixer, Mamba2):
+            for module in (mixer.conv1d, mixer.norm, mixer.out_proj):
+                for parameter in module.parameters(recurse=False):
+                    deepspeed.zero.register_external_parameter(mixer, parameter)

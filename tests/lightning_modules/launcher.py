@@ -64,7 +64,7 @@ def train_on_ranks(
         start_train([*argv, *(own[rank] if own else [])], output, LOCAL_RANK=str(rank), **meeting)
         for rank in range(ranks)
     ]
-    return _join(processes)
+    return join(processes)
 
 
 def call_on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, output: Path) -> None:
@@ -73,10 +73,10 @@ def call_on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, out
     processes = [
         start(_in_group, rank, ranks, meeting, function, arguments, output=output) for rank in range(ranks)
     ]
-    assert _join(processes) == [0] * ranks, output.read_text()
+    assert join(processes) == [0] * ranks, output.read_text()
 
 
-def _join(processes: list[BaseProcess]) -> list[int | None]:
+def join(processes: list[BaseProcess]) -> list[int | None]:
     """Exit statuses, once all have ended; none outlives one that failed."""
     while alive := [process for process in processes if process.is_alive()]:
         if any(process.exitcode for process in processes):  # the others would wait for it

@@ -128,6 +128,7 @@ LARGE = ("conf/train/mamba2-370m.yaml", "trainer.accumulate=32")  # 16,384 token
         (["mitigation={name: hard_reset, every: 64}"], "mitigation.name=hard_reset"),
         (["trainer.accumulate=8"], "65,536 tokens at a time are launched faster than computed"),
         (["trainer.accumulate=8", "trainer.cuda_graphs=true"], None),
+        (["trainer.segment_length=256"], "a row in 32 segments, more than 16"),
     ],
 )  # fmt: skip
 def test_graphs_are_on_where_they_can_be_and_pay(settings: list[str], off: str | None) -> None:

@@ -21,6 +21,7 @@ from lightning_modules.ranks import require_world_size
 from lightning_modules.strategies.zero import build_strategy
 from lightning_modules.train import main
 from tests.lightning_modules.launcher import (
+    join,
     rendezvous,
     start,
     start_train,
@@ -136,6 +137,34 @@ def test_bf16_keeps_what_the_recurrence_needs_in_fp32(tmp_path: Path) -> None:
     assert train([*argv, f"run_dir={alone}"], tmp_path / "alone.txt") == 0
     for a, b in zip(metrics(alone), metrics(run_dir), strict=True):
         assert b == pytest.approx(a, rel=2e-2)
+
+
+def fused_main(environment: dict[str, str], argv: list[str]) -> int:
+    """Train with the fused layer of a GPU, in Triton's interpreter."""
+    from lightning_modules.backbone import Mamba2
+
+    os.environ |= environment
+    Mamba2._fuses = lambda self, *_: self.scan is None  # type: ignore[method-assign]
+    return main(argv)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard_all", [False, True])
+def test_stage_3_gathers_what_a_fused_layer_reads(tmp_path: Path, shard_all: bool) -> None:
+    """Weights of modules that it does not call, forward and backward; with small ones sharded, in segments."""
+    segments = ["trainer.segment_length=8"] if shard_all else []
+    argv = [*SETTINGS, *segments, "data.train_length=16", "trainer.max_steps=1", "trainer.accelerator=cpu"]
+    argv += ["data.curriculum_steps=0", "model.d_state=16"]
+    assert train([*argv, f"run_dir={tmp_path / 'plain'}"], tmp_path / "plain.txt") == 0
+    output, environment = tmp_path / "fused.txt", rendezvous() | {"TRITON_INTERPRET": "1"}
+    argv += [
+        *zero(3, tmp_path)[: 3 if shard_all else 2],
+        "trainer.devices=2",
+        f"run_dir={tmp_path / 'fused'}",
+    ]
+    ranks = [start(fused_main, environment | {"LOCAL_RANK": str(i)}, argv, output=output) for i in range(2)]
+    assert join(ranks) == [0, 0], output.read_text()
+    check_same(tmp_path / "plain", tmp_path / "fused", 1)
 
 
 def broken_main(environment: dict[str, str], argv: list[str], what: str) -> int:
