@@ -151,7 +151,7 @@ def fused_main(environment: dict[str, str], argv: list[str]) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("shard_all", [False, True])
 def test_stage_3_gathers_what_a_fused_layer_reads(tmp_path: Path, shard_all: bool) -> None:
-    """Weights of modules that it does not call, forward and backward; with small ones sharded, in segments."""
+    """Weights of modules that it does not call; small ones too, in segments."""
     segments = ["trainer.segment_length=8"] if shard_all else []
     argv = [*SETTINGS, *segments, "data.train_length=16", "trainer.max_steps=1", "trainer.accelerator=cpu"]
     argv += ["data.curriculum_steps=0", "model.d_state=16"]
