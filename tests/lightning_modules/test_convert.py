@@ -31,9 +31,7 @@ from tests.lightning_modules.layouts import (
 
 
 def run(source: Path, target: Path, layout: str = "ours", **settings: Any) -> dict[str, Any]:
-    return convert(
-        ConvertConfig(source=str(source), target=str(target), layout=layout, **settings), lambda _: None
-    )
+    return convert(ConvertConfig(source=str(source), target=str(target), layout=layout, **settings))
 
 
 def files_of(folder: Path) -> dict[str, Tensor]:
