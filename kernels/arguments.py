@@ -1,8 +1,9 @@
-"""Checks of arguments that several operators take: one clear ValueError before any work."""
+"""What several operators ask of their arguments; what does not fit is one clear ValueError."""
 
 import itertools
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 
@@ -28,3 +29,9 @@ def sequences(cu_seqlens: Tensor, length: int) -> Iterator[tuple[int, int]]:
             f"cu_seqlens={borders}: expected sequence borders that increase from 0 to T = {length}"
         )
     return itertools.pairwise(borders)
+
+
+def products_dtype(t: Tensor) -> torch.dtype:
+    """What a matrix product of t is computed in: autocast's dtype, under autocast."""
+    device = t.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype

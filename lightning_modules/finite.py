@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.ssd import ssd_scan
-from lightning_modules.backbone import Mamba2
+from lightning_modules.layer import Mamba2
 from lightning_modules.state import ModelState
 
 

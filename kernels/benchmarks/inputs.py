@@ -87,7 +87,7 @@ def add_norm_inputs(shape: Shape, device: str) -> Inputs:
 
 def layer_inputs(shape: Shape, device: str) -> Inputs:
     """u (B, T, d_model) and the `Mamba2` module: projections and convolution bf16, the rest fp32."""
-    from lightning_modules.backbone import Mamba2
+    from lightning_modules.layer import Mamba2
 
     config = layer_config(shape)
     module = Mamba2(config).to(device)

@@ -71,7 +71,7 @@ def replaced(*names: str) -> Iterator[None]:
     """Our own backbone with plain PyTorch in place of the named kernels."""
     with contextlib.ExitStack() as stack:
         for name in names:
-            stack.enter_context(mock.patch(f"lightning_modules.backbone.{name}", PLAIN[name]))
+            stack.enter_context(mock.patch(f"lightning_modules.layer.{name}", PLAIN[name]))
         yield
 
 

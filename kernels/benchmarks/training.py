@@ -168,7 +168,7 @@ def _mamba_ssm() -> Iterator[None]:
     from torch import Tensor
 
     from kernels.benchmarks.rivals import fused_mamba_layer
-    from lightning_modules.backbone import Mamba2
+    from lightning_modules.layer import Mamba2
     from lightning_modules.state import LayerState
 
     def forward(self: Mamba2, u: Tensor, state: LayerState, *rest: Any) -> tuple[Tensor, LayerState]:

@@ -50,12 +50,6 @@ class Recalled(torch.autograd.Function):
         return *ctx.head.backward(dlosses, *ctx.saved_tensors), None, None, None
 
 
-def products_dtype(hidden: Tensor) -> torch.dtype:
-    """What a product with `hidden` is computed in: autocast's dtype, under autocast."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
 def torch_head(step: int) -> Head:
     """In PyTorch, `step` tokens at a time."""
     return Head(partial(_forward, step), partial(_backward, step))

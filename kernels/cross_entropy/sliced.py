@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.cross_entropy.recall import Recall, Recalled, products_dtype, torch_head
+from kernels.arguments import products_dtype
+from kernels.cross_entropy.recall import Recall, Recalled, torch_head
 
 # Logits per slice: 64 MiB in fp32.
 SLICE_LOGITS = 2**24

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cross_entropy.recall import Head, products_dtype
+from kernels.arguments import products_dtype
+from kernels.cross_entropy.recall import Head
 from kernels.triton_support import on_device
 from kernels.tuning import Config, bucket, pick
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kernels.ssd.discretize import discretize
 from kernels.ssd.mitigation import NONE
-from lightning_modules.backbone import Mamba2, Mamba2LM
+from lightning_modules.backbone import Mamba2LM
 from lightning_modules.evaluation.streaming import Reader, Source
+from lightning_modules.layer import Mamba2
 from lightning_modules.state import ModelState
 
 

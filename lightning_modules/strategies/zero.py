@@ -27,9 +27,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from conf.schema import TrainConfig
-from lightning_modules.backbone import Mamba2
 from lightning_modules.finite import GradientWatch
 from lightning_modules.gradient_norms import norms_by_group
+from lightning_modules.layer import Mamba2
 from lightning_modules.strategies.zero_states import ZeroStates, full_weights
 
 CPU_BUCKET = 5_000_000  # elements; DeepSpeed allocates a bucket at once, however small the model

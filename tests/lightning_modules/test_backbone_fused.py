@@ -9,9 +9,10 @@ from torch import Tensor
 from conf.schema import ModelConfig
 from kernels.mixer import takes
 from kernels.ssd import Mitigation
-from lightning_modules import backbone
-from lightning_modules.backbone import Mamba2, Mamba2LM
+from lightning_modules import layer
+from lightning_modules.backbone import Mamba2LM
 from lightning_modules.finite import watch_forward
+from lightning_modules.layer import Mamba2
 from tests.lightning_modules.test_backbone_pieces import build
 
 SIZES: dict[str, Any] = {
@@ -30,13 +31,13 @@ CASES = {
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """As on a GPU; how many layers were fused."""
     calls: list[int] = []
-    theirs = backbone.fused_mixer
+    theirs = layer.fused_mixer
 
     def counted(*tensors: Tensor, **options: Any) -> Any:
         calls.append(1)
         return theirs(*tensors, **options)
 
-    monkeypatch.setattr(backbone, "fused_mixer", counted)
+    monkeypatch.setattr(layer, "fused_mixer", counted)
     monkeypatch.setattr(Mamba2, "_fuses", lambda self, _, m: self.scan is None and takes(m))
     return calls
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from conf.schema import ModelConfig
 from kernels.norm import rms_norm
 from kernels.ssd import Mitigation
-from lightning_modules.backbone import Block, Mamba2LM
+from lightning_modules.backbone import Mamba2LM
+from lightning_modules.layer import Block
 from lightning_modules.state import ModelState
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from conf.load import parse
 from conf.plan_schema import PlanConfig
 from conf.schema import ModelConfig
-from lightning_modules.backbone import Mamba2, Mamba2LM
+from lightning_modules.backbone import Mamba2LM
+from lightning_modules.layer import Mamba2
 from lightning_modules.plan import DEVICES, main
 from lightning_modules.planning import sizes
 from lightning_modules.planning.estimate import advice, estimate, longest_segment

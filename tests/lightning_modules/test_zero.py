@@ -141,7 +141,7 @@ def test_bf16_keeps_what_the_recurrence_needs_in_fp32(tmp_path: Path) -> None:
 
 def fused_main(environment: dict[str, str], argv: list[str]) -> int:
     """Train with the fused layer of a GPU, in Triton's interpreter."""
-    from lightning_modules.backbone import Mamba2
+    from lightning_modules.layer import Mamba2
 
     os.environ |= environment
     Mamba2._fuses = lambda self, *_: self.scan is None  # type: ignore[method-assign]
