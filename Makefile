@@ -42,7 +42,7 @@ demo: $(STAMP) ## train, watch models collapse, mend them: about 3 minutes on 2 
 
 ui: $(STAMP) ## every run in the browser, on 127.0.0.1 only
 	@mkdir -p runs
-	@echo "http://127.0.0.1:$(PORT) (Ctrl-C stops it)"
+	@echo "http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning (Ctrl-C stops it)"
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true $(VENV)/bin/mlflow ui \
 		--backend-store-uri $(STORE) --host 127.0.0.1 --port $(PORT) --workers 1
 
