@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_modules.state import ModelState
 
@@ -126,9 +127,10 @@ class _Captured:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # something in it waits for the device
-            if isinstance(error.__context__, torch.OutOfMemoryError):  # then the capture cannot end either
-                raise error.__context__ from None
             first = error.__context__ or error  # the last one only says that there was one before
+            # Of no memory, or a signal that ends the run, the capture cannot end either.
+            if isinstance(first, torch.OutOfMemoryError) or not isinstance(first, Exception):
+                raise first from None
             raise CaptureError(" ".join(str(first).split())[:200]) from error
 
     def replay(self, batch: Batch, state: ModelState | None) -> None:
@@ -145,6 +147,7 @@ class _Replayed(torch.autograd.Function):
         return captured.loss.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         """Once, before the next replay: its gradients are in the graph's own memory."""
         return None, *torch._foreach_mul(list(ctx.captured.gradients), scale)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class Recall:
@@ -46,6 +47,7 @@ class Recalled(torch.autograd.Function):
         return losses.detach()  # what is recalled takes no part in a graph
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         return *ctx.head.backward(dlosses, *ctx.saved_tensors), None, None, None
 

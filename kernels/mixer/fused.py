@@ -1,8 +1,11 @@
 """The public function of the fused layer: checks, the mitigation's factors."""
 
+from typing import Any
+
 from torch import Tensor
 
 from kernels.arguments import require_shape
+from kernels.ssd.checks import check_arguments, named_tensors
 from kernels.ssd.discretize import per_head_factors
 from kernels.ssd.heads import spread
 from kernels.ssd.mitigation import Mitigation
@@ -53,11 +56,12 @@ def fused_mixer(
         that dtype and the scan's (B, H, P, N) fp32.
 
     Raises:
-        ValueError: for shapes that do not fit, naming the argument.
+        ValueError: for arguments that do not fit, naming them; x, B, C and dt are columns of zxbcdt.
     """
-    from kernels.mixer.triton_mixer import triton_mixer  # imports triton
+    from kernels.conv.triton_conv import MAX_WIDTH
+    from kernels.mixer.triton_mixer import triton_mixer  # these import triton
 
-    (batch, length, width), heads, conv_dim = zxbcdt.shape, len(A), len(conv_weight)
+    (batch, _, width), heads, (conv_dim, d_conv) = zxbcdt.shape, len(A), conv_weight.shape
     d_inner = heads * headdim
     d_state, rest = divmod(conv_dim - d_inner, 2 * n_groups)
     if rest or d_state < 1 or width != d_inner + conv_dim + heads:
@@ -65,17 +69,28 @@ def fused_mixer(
             f"zxbcdt has {width} columns, conv_weight {conv_dim} channels: {heads} heads of {headdim} and "
             f"{n_groups} groups need 2 * {d_inner} + 2 G N + {heads} and {d_inner} + 2 G N"
         )
-    require_shape("D", D, ((heads,), (heads, headdim)))
-    require_shape("out_weight", out_weight, ((out_weight.shape[0], d_inner),))
-    require_shape("norm_weight", norm_weight, ((d_inner,),))
-    if initial_state is not None:
-        require_shape("initial_state", initial_state, ((batch, heads, headdim, d_state),))
-    if conv_state is not None:
-        require_shape("conv_state", conv_state, ((batch, conv_dim, conv_weight.shape[1] - 1),))
-    if document_starts is not None:
-        require_shape("document_starts", document_starts, ((batch, length),))
     if not takes(mitigation):
         raise ValueError(f"mitigation={mitigation}: not one that the scan's kernels multiply in")
+    if not 2 <= d_conv <= MAX_WIDTH:
+        raise ValueError(f"conv_weight has width {d_conv}: the Triton kernels take 2 to {MAX_WIDTH}")
+    x, B, C, dt = zxbcdt.detach()[..., d_inner:].split([d_inner, *[n_groups * d_state] * 2, heads], dim=2)
+    of_scan: dict[str, Any] = {
+        "x": x.unflatten(2, (heads, headdim)),
+        "dt": dt,
+        "A": A,
+        "D": D,
+        "dt_bias": dt_bias,
+    }
+    of_scan |= {"B": B.unflatten(2, (n_groups, d_state)), "C": C.unflatten(2, (n_groups, d_state))}
+    of_scan |= {"initial_state": initial_state, "document_starts": document_starts}
+    check_arguments(named_tensors(of_scan, mitigation), mitigation, dt_limit, None, 64, "triton")
+    require_shape("conv_bias", conv_bias, ((conv_dim,),))
+    require_shape("norm_weight", norm_weight, ((d_inner,),))
+    require_shape("out_weight", out_weight, ((out_weight.shape[0], d_inner),))
+    if out_weight.dtype != zxbcdt.dtype:
+        raise ValueError(f"out_weight is {out_weight.dtype}, zxbcdt {zxbcdt.dtype}: must be of one dtype")
+    if conv_state is not None:
+        require_shape("conv_state", conv_state, ((batch, conv_dim, d_conv - 1),))
     out, tail, final = triton_mixer(
         zxbcdt, conv_weight, conv_bias, dt_bias, per_head_factors(A, spread(mitigation, heads, A.device)), D,
         norm_weight, out_weight, None if conv_state is None else conv_state.transpose(1, 2), initial_state,

@@ -92,6 +92,16 @@ def test_recalled_losses_form_no_logits_again(
         check_close(again, once, 1e-6 if dtype == torch.float32 else 1e-2)
 
 
+def test_gradients_of_recalled_losses_have_no_gradients_themselves() -> None:
+    """Log-sum-exps of the first pass count as numbers: a second derivative would be wrong, and is refused."""
+    leaves, targets = make(3, 7)
+    hidden, weight = (leaf.detach().float().requires_grad_() for leaf in leaves.values())
+    losses = linear_cross_entropy(hidden, weight, targets, recall=Recall())
+    (gradient,) = torch.autograd.grad(losses.square().sum(), [hidden], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 class LogitsFormed(TorchDispatchMode):
     """Counts the tokens whose logits are formed: by products whose last dimension is `vocabulary`, or within
     an operator on Triton kernels."""

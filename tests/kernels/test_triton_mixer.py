@@ -228,6 +228,47 @@ def test_what_does_not_fit_is_named(change: dict[str, tuple[int, ...]], said: st
         fused(leaves, None, case.options())
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"zxbcdt": torch.float64, "out_weight": torch.float64}, "x has dtype float64: expected float32"),
+        (
+            {"out_weight": torch.bfloat16},
+            "out_weight is torch.bfloat16, zxbcdt torch.float32: must be of one",
+        ),
+        ({"initial_state": torch.bfloat16}, "initial_state has dtype bfloat16: expected float32"),
+    ],
+)
+def test_what_the_kernels_would_round_is_refused(change: dict[str, torch.dtype], said: str) -> None:
+    case = Case(states=True)
+    leaves = case.leaves()
+    leaves |= {name: leaves[name].to(dtype) for name, dtype in change.items()}
+    with pytest.raises(ValueError, match=said):
+        fused(leaves, None, case.options())
+
+
+def test_what_the_kernels_would_misread_is_refused() -> None:
+    """Starts of 8 bytes each, no token, a head or a value per head too many, taps that no kernel takes."""
+    case = Case()
+    starts = torch.zeros(case.batch, case.length, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="document_starts has dtype int64: expected bool"):
+        fused(case.leaves(), starts, case.options())
+    with pytest.raises(ValueError, match=r"expected .* with T >= 1"):
+        fused(Case(length=0).leaves(), None, case.options())
+    for settings, said in (
+        ({"decay_scale": 2.0, "heads": (2,)}, "mitigation.heads names"),
+        ({"decay_scale": torch.ones(3)}, "mitigation.decay_scale has shape"),
+    ):
+        odd = case.options() | {"mitigation": Mitigation("decay_scale", **settings)}
+        with pytest.raises(ValueError, match=said):
+            fused(case.leaves(), None, odd)
+    leaves = case.leaves()
+    for width in (1, 17):
+        leaves["conv_weight"] = torch.zeros(len(leaves["conv_bias"]), width, device=DEVICE)
+        with pytest.raises(ValueError, match=f"conv_weight has width {width}"):
+            fused(leaves, None, case.options())
+
+
 def test_mitigations_of_several_scans_are_refused() -> None:
     case = Case(mitigation=Mitigation("sliding_window", window=5))
     with pytest.raises(ValueError, match="not one that the scan's kernels multiply in"):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from conf.load import parse
 from conf.schema import TrainConfig
+from kernels.ssd import Mitigation
 from lightning_modules import graphs
 from lightning_modules.checkpoints import read_weights
 from lightning_modules.graphs import GraphedLoss
@@ -22,6 +23,7 @@ from lightning_modules.plan import DEVICES
 from lightning_modules.planning.estimate import estimate, why_eager
 from lightning_modules.run_dir import RunError
 from lightning_modules.state import ModelState
+from lightning_modules.termination import Terminated
 from lightning_modules.train import main, train
 from tests.lightning_modules.test_side_by_side import config_of
 
@@ -189,6 +191,38 @@ def test_what_cannot_be_captured_trains_eagerly_unless_asked_for(
         warned = capsys.readouterr().err
         assert warned.count("\n") == 1
         assert warned.startswith("warning: cuda graphs: off from step 0 on (")
+
+
+@pytest.mark.parametrize("signal", [Terminated(15), KeyboardInterrupt()])
+def test_a_signal_during_a_capture_ends_the_run(
+    signal: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves a capture that cannot be ended: that error does not stand for it."""
+
+    def capture(compute: Callable[[], Any], pool: Any) -> None:
+        try:
+            raise signal
+        finally:
+            raise RuntimeError("capture_end")
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 7)
+    module = LanguageModel(config_of("zero"))
+    module.configure_model()
+    graphed = GraphedLoss(module._weighted_loss, list(module.parameters()), NAMES)
+    with pytest.raises(type(signal)):
+        graphed(micro_batch(2, 40, starts=False), None)
+
+
+def test_gradients_of_a_replay_have_no_gradients_themselves(recomputed: list[int]) -> None:
+    """They are numbers in a graph's memory: what they depend on is refused, not taken for nothing."""
+    weight = torch.ones(3, requires_grad=True)
+    empty = ModelState.zeros(config_of("zero").model, 1, "cpu", torch.float32, Mitigation())
+    graphed = GraphedLoss(lambda batch, _: ((weight * batch["ids"]).square().sum(), empty), [weight], ["ids"])
+    loss, _ = graphed({"ids": torch.ones(3)}, None)
+    (gradient,) = torch.autograd.grad(loss.square(), [weight], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU alone")
