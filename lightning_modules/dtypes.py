@@ -14,6 +14,7 @@ from kernels.ssd import Window, ssd_scan
 from kernels.ssd.discretize import discretize
 from kernels.ssd.heads import spread
 from lightning_modules.backbone import Mamba2LM
+from lightning_modules.layer import scanning_with
 from lightning_modules.mitigations import AnyMitigation
 from lightning_modules.run_dir import RunError
 
@@ -34,13 +35,8 @@ def recurrence_dtypes(
     mixers: list[Any] = [layer.mixer for layer in model.backbone.layers]
     layers: list[Dtypes] = [{} for _ in mixers]
     ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=model.lm_head.weight.device)
-    for mixer, found in zip(mixers, layers, strict=True):
-        mixer.scan = partial(_scan, found)
-    try:
+    with scanning_with(mixers, (partial(_scan, found) for found in layers)):
         _, state = model.hidden(ids, mitigation=mitigation)
-    finally:
-        for mixer in mixers:
-            mixer.scan = None
     if context is not None:
         _, sharded = model.hidden(ids, state, mitigation=mitigation, context=context)
         for layer, found in zip(sharded.layers, layers, strict=True):

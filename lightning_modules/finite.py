@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.ssd import ssd_scan
-from lightning_modules.layer import Mamba2
+from lightning_modules.layer import Mamba2, scanning_with
 from lightning_modules.state import ModelState
 
 
@@ -96,20 +96,18 @@ def watch_forward(model: nn.Module) -> Iterator[list[str]]:
             found.append(f"the output of {name}")
 
     handles = []
-    mixers = [m for m in model.modules() if isinstance(m, Mamba2) and m.scan is None]
-    for mixer in mixers:
-        mixer.scan = ssd_scan  # one operator after another: between the parts of a fused one are no modules
     for name, module in model.named_modules():
         if name:
             handles.append(module.register_forward_pre_hook(lambda _, args, name=name: before(name, args)))
             handles.append(module.register_forward_hook(lambda _, __, out, name=name: after(name, out)))
+    # One operator after another: between the parts of a fused one are no modules.
+    mixers = [m for m in model.modules() if isinstance(m, Mamba2) and m.scan is None]
     try:
-        yield found
+        with scanning_with(mixers, [ssd_scan] * len(mixers)):
+            yield found
     finally:
         for handle in handles:
             handle.remove()
-        for mixer in mixers:
-            mixer.scan = None
 
 
 def _floats(value: Any) -> Iterator[Tensor]:

@@ -1,7 +1,8 @@
 """One layer of Mamba-2 (arXiv 2405.21060): parameter names of the public state-spaces checkpoints."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -160,6 +161,18 @@ class Mamba2(nn.Module):
     def _fuses(self, zxbcdt: Tensor, mitigation: Mitigation) -> bool:
         """Whether all that follows is one operator."""
         return zxbcdt.is_cuda and self.scan is None and takes(mitigation)
+
+
+@contextmanager
+def scanning_with(mixers: Sequence[Any], scans: Iterable[Callable[..., Any]]) -> Iterator[None]:
+    """Within the block, `scans` stand in for the scans of `mixers` (Mamba2, or a guest's), one each."""
+    try:
+        for mixer, scan in zip(mixers, scans, strict=True):
+            mixer.scan = scan
+        yield
+    finally:
+        for mixer in mixers:
+            mixer.scan = None
 
 
 def _initial_dt_bias(config: ModelConfig) -> Tensor:

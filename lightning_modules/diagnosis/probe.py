@@ -27,6 +27,7 @@ from kernels.ssd.heads import spread
 from lightning_modules.backbone import Mamba2LM
 from lightning_modules.diagnosis.statistics import STATE_MEASURES, state_measures
 from lightning_modules.guests.guest import Guest
+from lightning_modules.layer import scanning_with
 
 # By head, at each sample: of the state there, then means over the tokens since the sample before. log_decay
 # is the logarithm of the retention; insertion the Frobenius norm of what a token adds, w_t x_t B_t^T.
@@ -71,13 +72,8 @@ class StateProbe:
     def attached(self) -> Iterator[None]:
         """Within the block, every forward pass of the model is measured, one continuing the other."""
         mixers: list[Any] = [layer.mixer for layer in self.model.backbone.layers]
-        for notes, mixer in zip(self._layers, mixers, strict=True):
-            mixer.scan = partial(self._scan, notes)
-        try:
+        with scanning_with(mixers, (partial(self._scan, notes) for notes in self._layers)):
             yield
-        finally:
-            for mixer in mixers:
-                mixer.scan = None
 
     def take(self) -> Values:
         """The samples since the last call: measure -> (n, layers, heads), in the order of positions."""
