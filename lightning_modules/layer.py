@@ -25,6 +25,9 @@ class Operators(Protocol):
 
     def ssd_scan(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Any: ...
 
+    def mixer(self, length: int) -> Callable[..., Any] | None:
+        """In place of `fused_mixer` for so many tokens; None: parts of a layer are called one by one."""
+
     def positions(self, position: Tensor, starts: Tensor | None, length: int) -> tuple[Tensor, Tensor]: ...
 
 
@@ -103,10 +106,13 @@ class Mamba2(nn.Module):
         """
         c, zxbcdt, A = self.config, self.in_proj(u), -self.A_log.float().exp()
         D = self.D.float().view(c.n_heads, -1) if c.d_has_hdim else self.D.float()
-        if context is None and self._fuses(zxbcdt, mitigation):
+        mixer = None
+        if self._fuses(zxbcdt, mitigation):
+            mixer = fused_mixer if context is None else context.mixer(u.shape[1])
+        if mixer is not None:
             assert self.conv1d.bias is not None
             assert not isinstance(state.ssm, Window)
-            out, conv_state, ssm_state = fused_mixer(
+            out, conv_state, ssm_state = mixer(
                 zxbcdt,
                 self.conv1d.weight.squeeze(1),
                 self.conv1d.bias,

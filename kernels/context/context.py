@@ -1,5 +1,7 @@
 """A sequence that is sharded over ranks: the operators of a layer on a rank's piece."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 from kernels.context.conv import context_conv1d
 from kernels.context.group import Ranks
 from kernels.context.scan import context_scan
+from kernels.mixer import fused_mixer
 
 
 class Context(Ranks):
@@ -20,6 +23,15 @@ class Context(Ranks):
 
     def ssd_scan(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Any:
         return context_scan(self, x, dt, A, B, C, **options)
+
+    def mixer(self, length: int) -> Callable[..., Any] | None:
+        """What stands in for `fused_mixer` on pieces of `length` tokens. None: short ones, where the parts of
+        a layer one by one hide the all-gather."""
+        if self.scans_before_merging(length):
+            return None
+        from kernels.context.mixer import context_mixer  # imports triton
+
+        return partial(fused_mixer, run=partial(context_mixer, self))
 
     def positions(self, position: Tensor, starts: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
         """Tokens since the row's document began, (B,): before this rank's piece and after the last piece.

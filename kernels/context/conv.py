@@ -25,20 +25,27 @@ def context_conv1d(
     last rank's piece. Elsewhere the state returned is zero.
     """
     lags = weight.shape[1] - 1
-    if x.shape[1] < lags:
-        raise ValueError(
-            f"x has {x.shape[1]} tokens: a piece of a context group needs at least d_conv - 1 = {lags}"
-        )
-    tail = x[:, -lags:]
-    if document_starts is not None:
-        # how many documents begin after a token: those of another document than the last are not handed on
-        begun = document_starts[:, -lags:].flip(1).cumsum(1).flip(1) - document_starts[:, -lags:].long()
-        tail = tail * (begun == 0)[..., None].to(x.dtype)
+    tail = handed_on(x, document_starts, lags)
     if initial_state is None:
         initial_state = x.new_zeros(len(x), x.shape[2], lags)
     before, final = _Halo.apply(tail.transpose(1, 2), initial_state.to(x.dtype), context)
     y, _ = causal_conv1d(x, weight, bias, initial_state=before, document_starts=document_starts, **options)
     return y, final
+
+
+def handed_on(x: Tensor, document_starts: Tensor | None, lags: int) -> Tensor:
+    """The last inputs of a piece that the next one's first tokens read: (B, lags, C), zero where a document
+    begins after them. Also the gradient of those, from x's in its place."""
+    if x.shape[1] < lags:
+        raise ValueError(
+            f"x has {x.shape[1]} tokens: a piece of a context group needs at least d_conv - 1 = {lags}"
+        )
+    tail = x[:, x.shape[1] - lags :]
+    if document_starts is None:
+        return tail
+    # how many documents begin after a token: those of another document than the last are not handed on
+    begun = document_starts[:, -lags:].flip(1).cumsum(1).flip(1) - document_starts[:, -lags:].long()
+    return tail * (begun == 0)[..., None].to(x.dtype)
 
 
 class _Halo(torch.autograd.Function):

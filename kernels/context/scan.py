@@ -1,5 +1,6 @@
 """The SSD scan of a piece: one collective forward and one backward, whatever the length. See README.md."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,11 +69,9 @@ def context_scan(
     with torch.no_grad():
         reach = reach_of(log_decay, document_starts)
         added = weighted_sum(reach.outward * insert, x, B)
-        if first and initial_state is not None:
-            added += reach.kept[..., None, None] * initial_state
-        everyone = context.start_all_gather(torch.cat([reach.kept[..., None], added.flatten(2)], 2))
+        merged = states_between(context, reach.kept, added, initial_state)
         if not late:
-            entering, final, kept = merge(context, everyone(), added.shape[2:])
+            entering, final, kept = merged()
     y, leaving = ssd_scan(
         x, dt, A, B, C,
         initial_state=initial_state if first else None if late else entering,
@@ -80,22 +79,52 @@ def context_scan(
         dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, mitigation=rule, **options,
     )  # fmt: skip
     if late:
-        entering, final, kept = merge(context, everyone(), added.shape[2:])
+        entering, final, kept = merged()
     correction = (entering, log_decay) if late and not first else (None, None)
     return _Chain.apply(y, leaving, final, C, reach.inward, kept, context, *correction)
 
 
-def merge(context: Ranks, everyone: Tensor, sizes: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-    """What enters this rank's piece and what leaves the last, (B, H, P, N); what each keeps, (K, B, H).
+def states_between(
+    context: Ranks, kept: Tensor, added: Tensor, initial: Tensor | None
+) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    """Tell the others what this piece keeps of a state (B, H) and adds to it (B, H, P, N), changed in place.
 
-    everyone: of every piece what it keeps and what it adds, (K, B, H, 1 + P N).
+    The function returned waits for theirs: what enters this piece, what leaves the last one (B, H, P, N), and
+    what each keeps (K, B, H).
     """
-    kept, added = everyone[..., 0], everyone[..., 1:].unflatten(3, sizes)
-    entering = final = added[0]
-    for rank in range(1, context.size):
-        entering = final if rank == context.rank else entering
-        final = torch.addcmul(added[rank], kept[rank][..., None, None], final)
-    return entering, final, kept
+    if context.rank == 0 and initial is not None:
+        added += kept[..., None, None] * initial
+    everyone = context.start_all_gather(torch.cat([kept[..., None], added.flatten(2)], 2))
+
+    def merged() -> tuple[Tensor, Tensor, Tensor]:
+        pieces = everyone()
+        keeps, adds = pieces[..., 0], pieces[..., 1:].unflatten(3, added.shape[2:])
+        entering = final = adds[0]
+        for rank in range(1, context.size):
+            entering = final if rank == context.rank else entering
+            final = torch.addcmul(adds[rank], keeps[rank][..., None, None], final)
+        return entering, final, keeps
+
+    return merged
+
+
+def gradient_behind(context: Ranks, said: Tensor, kept: Tensor) -> Callable[[], Tensor]:
+    """Tell the others what this piece says of the state that enters it (B, H, P, N). Nobody needs what the
+    first piece says: from its rank it is the gradient of the state after the sequence.
+
+    The function returned waits for theirs: the gradient of the state that leaves this piece. kept: as
+    `states_between` gives it.
+    """
+    everyone = context.start_all_gather(said)
+
+    def merged() -> Tensor:
+        pieces = everyone()
+        gradient = pieces[0]
+        for rank in range(context.size - 1, context.rank, -1):
+            gradient = torch.addcmul(pieces[rank], kept[rank][..., None, None], gradient)
+        return gradient
+
+    return merged
 
 
 class _Chain(torch.autograd.Function):
@@ -131,17 +160,13 @@ class _Chain(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         C, inward, kept, entering = ctx.saved_tensors
         context: Ranks = ctx.context
-        # Nobody needs what the first piece says of its own beginning: its place holds the end's gradient.
-        own = dfinal.float() if context.rank == 0 else weighted_sum(inward, dy, C)
-        everyone = context.start_all_gather(own)
+        said = dfinal.float() if context.rank == 0 else weighted_sum(inward, dy, C)
+        merged = gradient_behind(context, said, kept)
         dC = dsums = dlog_decay = None
         if entering is not None:  # while the others' sums are on their way
             dC = _read_backward(dy * inward[..., None], entering, C)
             dsums = (inward * (dy * _read(C, entering)).sum(3)).double()
-        pieces = everyone()
-        gradient = pieces[0]
-        for rank in range(context.size - 1, context.rank, -1):
-            gradient = torch.addcmul(pieces[rank], kept[rank][..., None, None], gradient)
+        gradient = merged()
         if entering is not None and dsums is not None:
             dsums[:, -1] += kept[context.rank] * (gradient * entering).sum((2, 3))
             dlog_decay = dsums.flip(1).cumsum(1).flip(1).float()

@@ -1,5 +1,6 @@
 """The public function of the fused layer: checks, the mitigation's factors."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +36,7 @@ def fused_mixer(
     conv_state: Tensor | None = None,
     initial_state: Tensor | None = None,
     document_starts: Tensor | None = None,
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`causal_conv1d`, `ssd_scan`, `gated_rms_norm` and out_proj on one in_proj output, on Triton kernels.
 
@@ -50,6 +52,7 @@ def fused_mixer(
         headdim, n_groups: P and G. eps, norm_before_gate: of the norm. dt_limit: of dt after softplus.
         mitigation: one that `takes` says.
         conv_state, initial_state, document_starts: as the operators take them.
+        run: stands in for `triton_mixer` once arguments are checked (kernels/context).
 
     Returns:
         out (B, T, d_model) in zxbcdt's dtype, the convolution's final state (B, d_inner + 2 G N, W - 1) in
@@ -59,7 +62,9 @@ def fused_mixer(
         ValueError: for arguments that do not fit, naming them; x, B, C and dt are columns of zxbcdt.
     """
     from kernels.conv.triton_conv import MAX_WIDTH
-    from kernels.mixer.triton_mixer import triton_mixer  # these import triton
+    from kernels.mixer.launch import Options, Weights  # these import triton
+    from kernels.mixer.triton_mixer import triton_mixer
+    from kernels.ssd.triton_scan import check_state, raw_decay
 
     (batch, _, width), heads, (conv_dim, d_conv) = zxbcdt.shape, len(A), conv_weight.shape
     d_inner = heads * headdim
@@ -91,9 +96,22 @@ def fused_mixer(
         raise ValueError(f"out_weight is {out_weight.dtype}, zxbcdt {zxbcdt.dtype}: must be of one dtype")
     if conv_state is not None:
         require_shape("conv_state", conv_state, ((batch, conv_dim, d_conv - 1),))
-    out, tail, final = triton_mixer(
-        zxbcdt, conv_weight, conv_bias, dt_bias, per_head_factors(A, spread(mitigation, heads, A.device)), D,
-        norm_weight, out_weight, None if conv_state is None else conv_state.transpose(1, 2), initial_state,
-        document_starts, headdim, n_groups, eps, norm_before_gate, dt_limit,
+    check_state(headdim, d_state, zxbcdt.element_size())
+    factors = per_head_factors(A, spread(mitigation, heads, A.device))
+    decay = raw_decay(dt, factors, dt_bias, True, dt_limit)
+    assert decay.rate is not None
+    assert decay.bias is not None
+    weights = Weights(
+        conv_weight, conv_bias, decay.rate, decay.log_alpha, decay.weight, decay.bias,
+        D.float().contiguous(), norm_weight, out_weight,
     )  # fmt: skip
+    options = Options(headdim, n_groups, eps, norm_before_gate, decay.low, decay.high)
+    out, tail, final = (run or triton_mixer)(
+        zxbcdt.contiguous(),
+        weights,
+        None if conv_state is None else conv_state.transpose(1, 2).to(zxbcdt.dtype),
+        None if initial_state is None else initial_state.float().contiguous(),
+        document_starts,
+        options,
+    )
     return out, tail.transpose(1, 2), final

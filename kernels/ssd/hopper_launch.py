@@ -23,7 +23,7 @@ from kernels.ssd.hopper_schedule import (
 )
 from kernels.ssd.hopper_states import hopper_ends_kernel, hopper_slab_kernel
 from kernels.ssd.hopper_tiles import CHANNELS, CHUNK
-from kernels.ssd.triton_launch import Inputs, Launches
+from kernels.ssd.triton_launch import Ends, Inputs, Launches
 from kernels.ssd.triton_schedule import Schedule, processors
 from kernels.tuning import Config
 
@@ -80,6 +80,7 @@ class HopperLaunches(Launches):
         inserts: Tensor,
         D: Tensor | None,
         initial: Tensor | None,
+        ends: Ends | None = None,
         clip: Clip | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         plan = self.plan
@@ -91,7 +92,7 @@ class HopperLaunches(Launches):
         elif plan.parallel and clip is not None:
             borders = self._clipped_states(sums, inserts, initial, clip)
         elif plan.parallel:
-            borders = self.segment_states(self.x, self.B, sums, inserts, initial, backwards=False)
+            borders = self.segment_states(self.x, self.B, sums, inserts, initial, False, ends)
         else:
             borders = self.state(plan.segments)
         programs = self.rows * self.heads * (self.headdim // CHANNELS)
@@ -128,16 +129,16 @@ class HopperLaunches(Launches):
         V: Tensor,
         sums: Tensor,
         inserts: Tensor,
-        ends: Tensor,
-        keeps: Tensor,
+        ends: Ends,
+        segments: tuple[int, int],
         backwards: bool,
     ) -> None:
-        plan = self.plan
+        plan, (first, count) = self.plan, segments
         block_n, programs, settings = self._states_settings()
-        hopper_ends_kernel[((plan.segments - 1) * programs,)](
-            self._tokens(u, CHANNELS), self._tokens(V, block_n), sums, inserts, self.documents, ends, keeps,
-            self.length, plan.segments - 1, 1 if backwards else 0, plan.segment_chunks, plan.segments,
-            self.heads, self.heads // self.groups, P=self.headdim, N=self.d_state, BACKWARDS=backwards,
+        hopper_ends_kernel[(count * programs,)](
+            self._tokens(u, CHANNELS), self._tokens(V, block_n), sums, inserts, self.documents, *ends,
+            self.length, count, first, plan.segment_chunks, plan.segments, self.heads,
+            self.heads // self.groups, P=self.headdim, N=self.d_state, BACKWARDS=backwards,
             DOCUMENTS=self.documents is not None, REVERSED=self.reversed, **settings,
         )  # fmt: skip
 
@@ -186,10 +187,11 @@ class HopperLaunches(Launches):
         dy: Tensor,
         dfinal: Tensor | None,
         into: Inputs | None = None,
+        ends: Ends | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         dy = _readable(dy)
         if not self.apart:
-            return super().backward(sums, inserts, D, borders, dy, dfinal, into)
+            return super().backward(sums, inserts, D, borders, dy, dfinal, into, ends)
         assert dfinal is None
         dinitial = self.state()
         return *self.all_gradients(sums, inserts, D, None, None, dy, dinitial, into), dinitial

@@ -43,7 +43,7 @@ def _scan_clipped(
         call = HopperLaunches(x, B, C, None, None, 0)
         sums, inserts = call.decay_sums(decay)
         clip = Clip(max_norm, every // CHUNK, before // CHUNK)
-        y, final, _ = call.forward(sums, inserts, D, initial, clip)
+        y, final, _ = call.forward(sums, inserts, D, initial, clip=clip)
     return y, final
 
 

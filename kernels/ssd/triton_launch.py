@@ -65,6 +65,19 @@ class Decay(NamedTuple):
         }
 
 
+class Ends(NamedTuple):
+    """What segments add to a state (or, backwards, say of the one that enters them), and what they keep of
+    one: (rows, segments, H, P, N) and (rows, segments, H), fp32."""
+
+    added: Tensor
+    keeps: Tensor
+
+    @property
+    def kept(self) -> Tensor:
+        """What all of them keep, (rows, H)."""
+        return self.keeps.prod(1)
+
+
 class Launches:
     """Shapes, strides and schedule of one call, and its launches."""
 
@@ -164,14 +177,22 @@ class Launches:
         return ddt, dinsert, partial.sum(0)
 
     def forward(
-        self, sums: Tensor, inserts: Tensor, D: Tensor | None, initial: Tensor | None
+        self,
+        sums: Tensor,
+        inserts: Tensor,
+        D: Tensor | None,
+        initial: Tensor | None,
+        ends: Ends | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """y, final state, and the states that enter the segments (rows, segments, H, P, N)."""
+        """y, final state, and the states that enter the segments (rows, segments, H, P, N).
+
+        ends: `all_ends` of x and B, if they are there already; used up.
+        """
         x, B, C, plan = self.x, self.B, self.C, self.plan
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         final = self.state()
         if plan.parallel:
-            borders = self.segment_states(x, B, sums, inserts, initial, backwards=False)
+            borders = self.segment_states(x, B, sums, inserts, initial, backwards=False, ends=ends)
         else:
             borders = self.state(plan.segments)
         programs = self.rows * self.heads * triton.cdiv(self.headdim, plan.block_p)
@@ -199,18 +220,42 @@ class Launches:
         inserts: Tensor,
         start: Tensor | None,
         backwards: bool,
+        ends: Ends | None = None,
     ) -> Tensor:
-        """The state that enters each segment, or R at its end: (rows, segments, H, P, N)."""
-        plan, borders = self.plan, self.state(self.plan.segments)
-        keeps = borders.new_empty(borders.shape[:3])
-        if plan.segments > 1:
-            self.segment_ends(u, V, sums, inserts, borders, keeps, backwards)
+        """The state that enters each segment, or R at its end: (rows, segments, H, P, N).
+
+        ends: `all_ends` of u and V, if they are there already; used up.
+        """
+        if ends is None:
+            ends = self._room_for_ends()
+            if self.plan.segments > 1:  # the last one's in this direction nobody asks for
+                segments = (1 if backwards else 0, self.plan.segments - 1)
+                self.segment_ends(u, V, sums, inserts, ends, segments, backwards)
+        self._merge(ends, start, None, backwards)
+        return ends.added
+
+    def all_ends(self, u: Tensor, V: Tensor, sums: Tensor, inserts: Tensor, backwards: bool) -> Ends:
+        """Of every segment; of rows that are not packed."""
+        ends = self._room_for_ends()
+        self.segment_ends(u, V, sums, inserts, ends, (0, self.plan.segments), backwards)
+        return ends
+
+    def sum_of(self, ends: Ends, backwards: bool) -> Tensor:
+        """What all segments together add to a state, (rows, H, P, N)."""
+        total = self.state()
+        self._merge(ends, None, total, backwards)
+        return total
+
+    def _room_for_ends(self) -> Ends:
+        added = self.state(self.plan.segments)
+        return Ends(added, added.new_empty(added.shape[:3]))
+
+    def _merge(self, ends: Ends, start: Tensor | None, total: Tensor | None, backwards: bool) -> None:
         size = self.headdim * self.d_state
         merge_kernel[(self.rows * self.heads * triton.cdiv(size, MERGE_BLOCK),)](
-            borders, keeps, start, plan.segments, self.heads, size,
-            BLOCK=MERGE_BLOCK, BACKWARDS=backwards, INITIAL=start is not None, num_warps=1,
+            *ends, start, total, self.plan.segments, self.heads, size, BLOCK=MERGE_BLOCK,
+            BACKWARDS=backwards, INITIAL=start is not None, TOTAL=total is not None, num_warps=1,
         )  # fmt: skip
-        return borders
 
     def segment_ends(
         self,
@@ -218,14 +263,14 @@ class Launches:
         V: Tensor,
         sums: Tensor,
         inserts: Tensor,
-        ends: Tensor,
-        keeps: Tensor,
+        ends: Ends,
+        segments: tuple[int, int],
         backwards: bool,
     ) -> None:
-        """What every segment but the last in its direction adds to a state, and what it keeps of one."""
+        """Fill ends. segments: the first, and how many."""
         self.states(
-            u, V, sums, inserts, backwards=backwards, first=0, chunks=self.chunks,
-            segments=(1 if backwards else 0, self.plan.segments - 1), ends=ends, keeps=keeps,
+            u, V, sums, inserts, backwards=backwards, first=0, chunks=self.chunks, segments=segments,
+            ends=ends.added, keeps=ends.keeps,
         )  # fmt: skip
 
     def slab_states(
@@ -296,17 +341,19 @@ class Launches:
         dy: Tensor,
         dfinal: Tensor | None,
         into: Inputs | None = None,
+        ends: Ends | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """dx, dB, dC, dsums, dinserts, dD, dinitial.
 
         into: where dx, dB and dC are written: each (B, T, heads, columns) with heads side by side, rows
-        behind each other, any step from token to token.
+        behind each other, any step from token to token. ends: `all_ends` of dy and C backwards, if they are
+        there already; used up.
         """
         dinitial = torch.zeros_like(self.state()) if dfinal is None else dfinal.clone()
-        ends: Tensor | None = dinitial
+        behind = dinitial
         if self.plan.parallel:
-            ends = self.segment_states(dy, self.C, sums, inserts, dfinal, backwards=True)
-        gradients = self.all_gradients(sums, inserts, D, borders, ends, dy, dinitial, into)
+            behind = self.segment_states(dy, self.C, sums, inserts, dfinal, backwards=True, ends=ends)
+        gradients = self.all_gradients(sums, inserts, D, borders, behind, dy, dinitial, into)
         return *gradients, dinitial
 
     def all_gradients(

@@ -97,10 +97,14 @@ def states_kernel(
 
 @triton.jit(do_not_specialize=["segments"])
 def merge_kernel(
-    borders, keeps, initial, segments, H, size,
-    BLOCK: tl.constexpr, BACKWARDS: tl.constexpr, INITIAL: tl.constexpr,
+    borders, keeps, initial, total, segments, H, size,
+    BLOCK: tl.constexpr, BACKWARDS: tl.constexpr, INITIAL: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
-    """Turn what each segment adds, borders (rows, segments, H, P * N) fp32, into what enters it, in place."""
+    """Turn what each segment adds, borders (rows, segments, H, P * N) fp32, into what enters it, in place.
+
+    TOTAL: leave borders, and write what leaves the last segment to total (rows, H, P * N). Otherwise what
+    that segment adds and keeps is not read.
+    """
     blocks = tl.cdiv(size, BLOCK)
     pid = tl.program_id(0).to(tl.int64)
     block, rest = pid % blocks, pid // blocks
@@ -109,11 +113,15 @@ def merge_kernel(
     state = tl.zeros((BLOCK,), tl.float32)
     if INITIAL:
         state = tl.load(initial + (row * H + h) * size + i, mask=i < size, other=0.0)
+    read = segments if TOTAL else segments - 1
     # loads run ahead of the sum: each segment is another address
     for j in tl.range(0, segments, num_stages=6):
         segment = (segments - 1 - j) if BACKWARDS else j
         place = (row * segments + segment) * H + h
-        added = tl.load(borders + place * size + i, mask=(i < size) & (j < segments - 1), other=0.0)
-        kept = tl.load(keeps + place, mask=j < segments - 1, other=0.0)
-        tl.store(borders + place * size + i, state, mask=i < size)
+        added = tl.load(borders + place * size + i, mask=(i < size) & (j < read), other=0.0)
+        kept = tl.load(keeps + place, mask=j < read, other=0.0)
+        if not TOTAL:
+            tl.store(borders + place * size + i, state, mask=i < size)
         state = state * kept + added
+    if TOTAL:
+        tl.store(total + (row * H + h) * size + i, state, mask=i < size)

@@ -35,6 +35,9 @@ class OneToken:
         tokens = x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0]
         return ssd_token(state, *tokens, active=self.active, **options)[:, None], state
 
+    def mixer(self, length: int) -> None:
+        return None
+
     def positions(self, position: Tensor, starts: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
         return position, position + (length if self.active is None else self.active)
 
