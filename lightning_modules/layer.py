@@ -25,8 +25,9 @@ class Operators(Protocol):
 
     def ssd_scan(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Any: ...
 
-    def mixer(self, length: int) -> Callable[..., Any] | None:
-        """In place of `fused_mixer` for so many tokens; None: parts of a layer are called one by one."""
+    @property
+    def mixer(self) -> Callable[..., Any] | None:
+        """In place of `fused_mixer`; None: the parts of a layer are called one by one."""
 
     def positions(self, position: Tensor, starts: Tensor | None, length: int) -> tuple[Tensor, Tensor]: ...
 
@@ -108,7 +109,7 @@ class Mamba2(nn.Module):
         D = self.D.float().view(c.n_heads, -1) if c.d_has_hdim else self.D.float()
         mixer = None
         if self._fuses(zxbcdt, mitigation):
-            mixer = fused_mixer if context is None else context.mixer(u.shape[1])
+            mixer = fused_mixer if context is None else context.mixer
         if mixer is not None:
             assert self.conv1d.bias is not None
             assert not isinstance(state.ssm, Window)

@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from conf.fields import option, require, require_at_least
 from conf.load import from_command_line
 
-# As in group.py, which imports torch.
-OVERLAP_TOKENS = 2000
-
 
 @dataclass(kw_only=True)
 class ContextBenchConfig:
@@ -65,7 +62,7 @@ ETHERNET = Network("nodes with 100 Gb/s each", 12.5e9, 30e-6)
 class Layer:
     """mamba2-370m: a layer's sizes, FLOPs and messages.
 
-    flops, memory: FLOPs and bytes a second that the device is assumed to reach over the whole step.
+    flops: FLOPs a second that the device is assumed to reach over the whole step.
     """
 
     layers: int = 48
@@ -75,8 +72,6 @@ class Layer:
     d_state: int = 128
     parameters: float = 368e6
     flops: float = 300e12
-    memory: float = 3e12
-    scan: float = 7.2e-9  # seconds a token of the forward scan, measured on one H200
 
     @property
     def state_bytes(self) -> int:
@@ -90,27 +85,16 @@ class Layer:
         """Forward, once more for the backward pass, and that: 8 FLOPs a token and parameter of one layer."""
         return 8 * self.parameters / self.layers * tokens / self.flops
 
-    def sums_seconds(self, tokens: int) -> float:
-        """S in both forward passes and R: x or dy is read, weighted, written and read again; 2 HPN FLOPs."""
-        numbers = self.heads * self.headdim
-        token = 3 * 2 * numbers / self.memory + 2 * numbers * self.d_state / self.flops
-        return 3 * token * tokens
-
-    def waiting_seconds(self, size: int, tokens: int, network: Network) -> float:
-        """Two forward passes and one backward: what they wait, or what hiding it costs."""
-        gather, shift = network.all_gather(size, self.state_bytes), network.shift(self.halo_bytes)
-        if tokens >= OVERLAP_TOKENS * (size - 1):
-            return 3 * (gather + shift)
-        numbers = self.heads * self.headdim * tokens
-        forward = 4 * numbers / self.memory + 2 * numbers * self.d_state / self.flops  # corrections of y
-        backward = 4 * numbers / self.memory + 4 * numbers * self.d_state / self.flops
-        return 2 * (forward + max(0.0, gather - self.scan * tokens)) + max(backward, gather) + 3 * shift
+    def waiting_seconds(self, size: int, network: Network) -> float:
+        """Two forward passes and one backward, nothing hidden."""
+        return 3 * (network.all_gather(size, self.state_bytes) + network.shift(self.halo_bytes))
 
 
 def efficiency(layer: Layer, size: int, tokens: int, network: Network) -> float:
-    """Of `size` ranks with `tokens` each, against one rank alone with as many."""
+    """Of `size` ranks with `tokens` each, against one rank alone with as many. The sums S and R cost nothing
+    more: where rows are few, one device makes them too, of its own segments."""
     work = layer.step_seconds(tokens)
-    return work / (work + layer.sums_seconds(tokens) + layer.waiting_seconds(size, tokens, network))
+    return work / (work + layer.waiting_seconds(size, network))
 
 
 def project() -> None:

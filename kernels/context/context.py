@@ -24,10 +24,10 @@ class Context(Ranks):
     def ssd_scan(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Any:
         return context_scan(self, x, dt, A, B, C, **options)
 
-    def mixer(self, length: int) -> Callable[..., Any] | None:
-        """What stands in for `fused_mixer` on pieces of `length` tokens. None: short ones, where the parts of
-        a layer one by one hide the all-gather."""
-        if self.scans_before_merging(length):
+    @property
+    def mixer(self) -> Callable[..., Any] | None:
+        """What stands in for `fused_mixer`; None with `overlap`, where y is corrected between its parts."""
+        if self.overlap:
             return None
         from kernels.context.mixer import context_mixer  # imports triton
 

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Tokens of a piece, for every other rank, below which the all-gather takes longer than correcting y: by the
-# model of bench.py, a network of 300 GB/s and 5 us a step.
+# Tokens of a piece, for every other rank, below which the all-gather takes longer than correcting y in a
+# layer that is not fused. At 3 TB/s three corrections take 15 ns a token; a 370M model's three all-gathers
+# take 26 us for every other rank at 300 GB/s and 5 us a step.
 OVERLAP_TOKENS = 2000
 
 
@@ -18,7 +19,8 @@ class Ranks:
 
     All ranks call everything together, in the same order, and so do their backward passes.
 
-    overlap: scan pieces from zero while summaries travel, and correct y afterwards; None: where that pays.
+    overlap: scan pieces from zero while summaries travel, and correct y afterwards; None: where that pays,
+        if the layer is not fused.
     bytes_sent: what this rank has handed to collectives, backward passes included.
     """
 

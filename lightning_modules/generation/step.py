@@ -22,6 +22,7 @@ class OneToken:
     (B,) bool; None: of all. Other rows stay as they are, bit for bit, under every mitigation."""
 
     active: Tensor | None
+    mixer = None
 
     def causal_conv1d(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Any:
         old = options["initial_state"]
@@ -34,9 +35,6 @@ class OneToken:
         del options["document_starts"], options["chunk_size"]
         tokens = x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0]
         return ssd_token(state, *tokens, active=self.active, **options)[:, None], state
-
-    def mixer(self, length: int) -> None:
-        return None
 
     def positions(self, position: Tensor, starts: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
         return position, position + (length if self.active is None else self.active)

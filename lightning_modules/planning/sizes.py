@@ -29,7 +29,7 @@ def element(config: TrainConfig) -> int:
 def fused(config: TrainConfig, on_gpu: bool) -> bool:
     """Whether layers are `kernels.mixer`'s one operator, which keeps less."""
     factors = ("none", "forget_more", "delta_scale", "decay_scale")
-    return on_gpu and config.trainer.context_parallel == 1 and config.mitigation.name in factors
+    return on_gpu and config.mitigation.name in factors
 
 
 def saved_per_token(c: ModelConfig, e: int, on_gpu: bool, fused: bool = False) -> float:

@@ -203,7 +203,6 @@ def check_refusals(context: Context) -> None:
 
 
 def test_overlap_where_it_pays() -> None:
-    assert bench.OVERLAP_TOKENS == OVERLAP_TOKENS
     group: Any = SimpleNamespace(size=lambda: 5)
     assert Context(group).scans_before_merging(4 * OVERLAP_TOKENS - 1)
     assert not Context(group).scans_before_merging(4 * OVERLAP_TOKENS)
@@ -221,8 +220,6 @@ def test_projection_says_what_the_model_says(capsys: pytest.CaptureFixture[str])
     layer = bench.Layer()
     short, long = (bench.efficiency(layer, 8, tokens, bench.NODE) for tokens in (4096, 131_072))
     assert 0 < short < long < 1
-    waits = [layer.waiting_seconds(8, tokens, bench.NODE) for tokens in (65_536, 131_072)]
-    assert waits[0] == waits[1]  # whatever the length
 
 
 def test_bench_measures() -> None:

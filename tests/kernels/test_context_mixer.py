@@ -59,7 +59,7 @@ def check(
     loss = (weight * out).sum() + states * ((of_conv * conv).sum() + (of_state * state).sum())
     expected = gradients(loss, one)
 
-    own, outputs, mixer = fresh(leaves), [], context.mixer(length // context.size // segments)
+    own, outputs, mixer = fresh(leaves), [], context.mixer
     assert mixer is not None
     tensors = {name: t for name, t in own.items() if name not in ("zxbcdt", "conv_state", "initial_state")}
     last: Any = own.get("conv_state"), own.get("initial_state")
@@ -98,7 +98,7 @@ def check_bytes(context: Context) -> None:
     state = BATCH * HEADS * HEADDIM * D_STATE
     expected = 4 * (2 * state + BATCH * HEADS + 2 * BATCH * CHANNELS * (WIDTH - 1))
     for length in (8, 80):
-        before, own, mixer = context.bytes_sent, fresh(leaves_of(length)), context.mixer(length)
+        before, own, mixer = context.bytes_sent, fresh(leaves_of(length)), context.mixer
         assert mixer is not None
         mixer(**own, mitigation=Mitigation(), **OPTIONS)[0].sum().backward()
         assert context.bytes_sent - before == expected

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import kernels.mixer.triton_mixer  # noqa: F401  registers longstate::mixer
 from kernels.conv import causal_conv1d, naive_causal_conv1d
 from kernels.mixer import fused_mixer
 from kernels.norm import gated_rms_norm, naive_gated_rms_norm
