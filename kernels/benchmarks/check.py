@@ -68,4 +68,6 @@ def _expected(op: Op, shape: Shape, device: str) -> dict[str, Tensor]:
 
 
 def _double(value: Tensor | nn.Module) -> Tensor | nn.Module:
-    return value.double() if isinstance(value, Tensor) else copy.deepcopy(value).double()
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    return copy.deepcopy(value).double()

@@ -6,7 +6,7 @@ only, of the chunked algorithm at Q = 64, Q x Q squares in full, C B^T once a gr
 
 from dataclasses import dataclass
 
-from kernels.benchmarks.shapes import Shape
+from kernels.benchmarks.shapes import VOCABULARY, Shape
 
 CHUNK = 64
 
@@ -85,6 +85,18 @@ def add_norm(s: Shape) -> Cost:
 def add_norm_backward(s: Shape) -> Cost:
     """Reads the sum and the gradients of both outputs, writes those of stream and branch."""
     return Cost((4 + 4 + 2 + 4 + 2) * s.tokens * s.d_model)
+
+
+def head(s: Shape) -> Cost:
+    """hidden, weight, targets -> a loss (fp32) a token."""
+    numbers = (s.tokens + VOCABULARY) * s.d_model
+    return Cost(2 * numbers + 12 * s.tokens, 2 * s.tokens * VOCABULARY * s.d_model)
+
+
+def head_backward(s: Shape) -> Cost:
+    """Reads hidden, weight and the gradients of losses, writes those of the first two; logits are there."""
+    numbers = (s.tokens + VOCABULARY) * s.d_model
+    return Cost(4 * numbers + 12 * s.tokens, 4 * s.tokens * VOCABULARY * s.d_model)
 
 
 def layer(s: Shape) -> Cost:

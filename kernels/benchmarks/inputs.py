@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import ModelConfig
-from kernels.benchmarks.shapes import Shape
+from kernels.benchmarks.shapes import VOCABULARY, Shape
 
 Inputs = dict[str, Any]  # tensors by the operator's argument names; "module" is the layer
 BF16 = torch.bfloat16
@@ -85,6 +85,16 @@ def add_norm_inputs(shape: Shape, device: str) -> Inputs:
     return {"residual": stream, "branch": torch.randn_like(stream, dtype=BF16), "weight": weight}
 
 
+def head_inputs(shape: Shape, device: str) -> Inputs:
+    """hidden (B, T, d_model), weight (VOCABULARY, d_model), targets (B, T)."""
+    tokens, scale = (shape.batch, shape.length), shape.d_model**-0.5
+    return {
+        "hidden": torch.randn(*tokens, shape.d_model, device=device, dtype=BF16),
+        "weight": torch.randn(VOCABULARY, shape.d_model, device=device, dtype=BF16) * scale,
+        "targets": torch.randint(VOCABULARY, tokens, device=device),
+    }
+
+
 def layer_inputs(shape: Shape, device: str) -> Inputs:
     """u (B, T, d_model) and the `Mamba2` module: projections and convolution bf16, the rest fp32."""
     from lightning_modules.layer import Mamba2
@@ -109,18 +119,22 @@ def layer_config(shape: Shape) -> ModelConfig:
 
 def leaves(inputs: Inputs) -> dict[str, Tensor]:
     """Everything that a training step takes the gradient of, by name."""
-    tensors = {name: t for name, t in inputs.items() if isinstance(t, Tensor)}
+    tensors = {name: t for name, t in inputs.items() if _differentiable(t)}
     return tensors | dict(inputs["module"].named_parameters() if "module" in inputs else ())
 
 
 def with_gradients(inputs: Inputs) -> Inputs:
     """The same memory as leaves of a graph: slices stay slices, and their gradients are their own."""
-    return {n: t.detach().requires_grad_() if isinstance(t, Tensor) else t for n, t in inputs.items()}
+    return {n: t.detach().requires_grad_() if _differentiable(t) else t for n, t in inputs.items()}
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def cotangent(inputs: Inputs) -> Tensor:
-    """A random gradient of the first output, which has the shape of u, x or the residual stream."""
-    like = next(inputs[name] for name in ("u", "x", "residual") if name in inputs)
+    """A random gradient of the shape of u, x, the residual stream or hidden: of the first output."""
+    like = next(inputs[name] for name in ("u", "x", "residual", "hidden") if name in inputs)
     return torch.randn_like(like, memory_format=torch.contiguous_format)
 
 

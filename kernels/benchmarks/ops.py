@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.benchmarks import costs, inputs
@@ -162,6 +163,24 @@ def _of_sum_and_norm(given: Inputs, dy: Tensor) -> Outputs:
     return dy, dy.to(given["branch"].dtype)
 
 
+def _head(given: Inputs) -> Outputs:
+    from kernels.cross_entropy import linear_cross_entropy
+
+    return (linear_cross_entropy(**given),)
+
+
+def whole_head(given: Inputs) -> Outputs:
+    """All logits at once, in fp32 or more."""
+    logits = F.linear(given["hidden"], given["weight"]).flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(logits, given["targets"].flatten(), reduction="none")
+    return (losses.view_as(given["targets"]),)
+
+
+def _of_losses(given: Inputs, dy: Tensor) -> Outputs:
+    return (dy[..., 0].to(torch.promote_types(dy.dtype, torch.float32)),)
+
+
 def _layer(given: Inputs) -> Outputs:
     from kernels.ssd import Mitigation
     from lightning_modules.state import ModelState
@@ -241,6 +260,17 @@ _listed = [
         shapes=LONG_AND_WIDE,
         layouts=("contiguous",),
         starts=_of_sum_and_norm,
+    ),
+    *_pair(
+        "head",
+        costs.head,
+        costs.head_backward,
+        inputs=inputs.head_inputs,
+        ours=_head,
+        oracle=whole_head,
+        shapes=SCAN[1:2],
+        layouts=("contiguous",),
+        starts=_of_losses,
     ),
     *_pair(
         "layer",

@@ -4,7 +4,8 @@ mamba_ssm      the Triton kernels of state-spaces/mamba; its __init__, which ask
 causal_conv1d  the CUDA kernels of Dao-AILab/causal-conv1d
 fla            simple_gla of flash-linear-attention; B and C are copied to every head, dt and x multiplied
                and D x left out before the clock starts, all in its favour
-torch          F.conv1d, F.rms_norm and what else PyTorch has
+liger_kernel   the linear cross-entropy of linkedin/Liger-Kernel, a loss a token
+torch          F.conv1d, F.rms_norm, F.cross_entropy of all logits and what else PyTorch has
 unmitigated    our own scan without the mitigation: what that costs
 """
 
@@ -21,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.benchmarks.inputs import Inputs
-from kernels.benchmarks.ops import OPS, Outputs, Run
+from kernels.benchmarks.ops import OPS, Outputs, Run, whole_head
 
-PEERS = ("mamba_ssm", "causal_conv1d", "fla", "torch", "unmitigated")
+PEERS = ("mamba_ssm", "causal_conv1d", "fla", "liger_kernel", "torch", "unmitigated")
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,21 @@ def _per_head(given: Inputs) -> Inputs:
     return {"q": q, "k": k, "v": (x * dt[..., None]).to(x.dtype), "g": dt * given["A"]}
 
 
+def _liger_kernel(base: str) -> list[Contender]:
+    if base != "head":
+        return []
+    module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
+    losses = module.LigerFusedLinearCrossEntropyLoss(reduction="none")
+
+    def head(given: Inputs) -> Outputs:
+        hidden, targets = given["hidden"], given["targets"]
+        return (losses(given["weight"], hidden.flatten(0, 1), targets.flatten()).view_as(targets),)
+
+    return [Contender("liger_kernel", head)]
+
+
 def _torch(base: str) -> list[Contender]:
-    known = {"conv": _torch_conv, "norm": _torch_norm, "add_norm": _torch_add_norm}
+    known = {"conv": _torch_conv, "norm": _torch_norm, "add_norm": _torch_add_norm, "head": whole_head}
     return [Contender("torch", known[base])] if base in known else []
 
 
@@ -220,6 +234,7 @@ _KNOWN = {
     "mamba_ssm": _mamba_ssm,
     "causal_conv1d": _causal_conv1d,
     "fla": _fla,
+    "liger_kernel": _liger_kernel,
     "torch": _torch,
     "unmitigated": _unmitigated,
 }

@@ -89,6 +89,7 @@ SCAN = tuple(
 )
 STEP = tuple(Shape(batch=batch, length=1) for batch in (1, 4, 16, 64, 256))
 LONG_AND_WIDE = SCAN[:2]
+VOCABULARY = 50288  # of the head
 
 
 def with_layouts(shapes: Sequence[Shape], layouts: Sequence[Layout]) -> list[Shape]:

@@ -74,6 +74,7 @@ def test_costs_are_those_counted_by_hand() -> None:
     assert costs.step(Shape(batch=3, length=1)).bytes == 3 * (2 * state + 2 * (2 * 2048 + 2 * 128 + 32))
     assert OPS["add_norm"].cost(shape).bytes == 32768 * 1024 * 12
     assert OPS["add_norm_backward"].cost(shape).bytes == 32768 * 1024 * (12 + 16)
+    assert OPS["head_backward"].cost(shape).flops == 3 * 2 * 32768 * 50288 * 1024
     assert H200.limit(Cost(8_500_000_000, 0)) == pytest.approx(2e-3)
     assert H200.limit(Cost(1, 678_000_000_000)) == pytest.approx(1e-3)
 
@@ -95,7 +96,9 @@ def test_operators_agree_with_their_oracles(name: str, layout: str) -> None:
     assert 0 < found < check.TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["add_norm", "add_norm_backward", "layer", "layer_backward"])
+@pytest.mark.parametrize(
+    "name", ["add_norm", "add_norm_backward", "head", "head_backward", "layer", "layer_backward"]
+)
 def test_operators_of_one_layout_agree_with_their_oracles(name: str) -> None:
     found = check.error(OPS[name], Contender("ours", OPS[name].ours), TINY, "cpu")
     assert found is not None
@@ -103,7 +106,8 @@ def test_operators_of_one_layout_agree_with_their_oracles(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["conv", "conv_backward", "norm", "norm_backward", "add_norm", "add_norm_backward"]
+    "name",
+    ["conv", "conv_backward", "norm", "norm_backward", "add_norm", "add_norm_backward", "head_backward"],
 )
 def test_torch_peers_compute_the_operator(name: str) -> None:
     (peer,), absent = rivals.contenders(OPS[name].base, ["torch"])
