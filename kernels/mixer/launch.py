@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.conv import triton_conv
 from kernels.norm import triton_norm
-from kernels.ssd.triton_launch import Decay
+from kernels.ssd.triton_call import Decay
 from kernels.ssd.triton_scan import launches, like, numbers_of
 from kernels.triton_support import on_device
 

@@ -23,8 +23,9 @@ from kernels.ssd.hopper_schedule import (
 )
 from kernels.ssd.hopper_states import hopper_ends_kernel, hopper_slab_kernel
 from kernels.ssd.hopper_tiles import CHANNELS, CHUNK
-from kernels.ssd.triton_launch import Ends, Inputs, Launches
+from kernels.ssd.triton_launch import Inputs, Launches
 from kernels.ssd.triton_schedule import Schedule, processors
+from kernels.ssd.triton_segments import Ends
 from kernels.tuning import Config
 
 ALIGNMENT = 16  # bytes: of addresses and strides that TMA takes

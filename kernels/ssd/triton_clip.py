@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.ssd.heads import per_head
 from kernels.ssd.mitigation import Mitigation
-from kernels.ssd.triton_launch import Decay
+from kernels.ssd.triton_call import Decay
 from kernels.ssd.triton_scan import in_reach, on_hopper
 from kernels.triton_support import on_device
 

@@ -1,180 +1,32 @@
 """The launches of one call of the Triton scan, forward and backward.
 
-    decay_sums   dt -> chunk sums of log decays, insertion weights, (B, H, T) fp32, and their gradients
-    forward      everything else, one program a head and row
-    backward     a slab of time after another, from the last: states that enter its chunks, gradients of those
-                 that leave, then all gradients; memory is bounded by the slab, not by T
-
-Where rows x heads leave the GPU idle, time is cut into segments that run side by side: one more pass over x
-and B finds what each segment adds to the state (`states_kernel`), then `merge_kernel` what enters it.
+decay_sums   dt -> chunk sums of log decays, insertion weights, (B, H, T) fp32, and their gradients
+forward      everything else, one program a head and row, or head and segment (`triton_segments`)
+backward     a slab of time after another, from the last: states that enter its chunks, gradients of those
+             that leave, then all gradients; memory is bounded by the slab, not by T
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from kernels.ssd.triton_backward import chunk_gradient_kernel, group_gradient_kernel
-from kernels.ssd.triton_decay import decay_sums_backward_kernel, decay_sums_kernel
 from kernels.ssd.triton_forward import scan_forward_kernel
-from kernels.ssd.triton_rows import Packing
 from kernels.ssd.triton_schedule import (
-    Schedule,
     chunk_gradient_configs,
     forward_configs,
     group_gradient_configs,
-    packed_schedule,
     processors,
-    schedule,
-    states_configs,
-    tile,
 )
-from kernels.ssd.triton_states import merge_kernel, states_kernel
-from kernels.tuning import Config, bucket, pick
-
-HEADS_PER_BLOCK, MERGE_BLOCK = 16, 256
-# Stands for an absent upper limit of dt: an infinity does not survive torch.compile's source.
-LARGEST = 3.0e38
-
+from kernels.ssd.triton_segments import Ends, Segments
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # x, B and C, or their gradients
 
 
-class Decay(NamedTuple):
-    """What retentions and weights come from: dt and numbers per head, or log decays `dt` and `insert`."""
-
-    dt: Tensor
-    rate: Tensor | None
-    log_alpha: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    insert: Tensor | None
-    softplus: bool
-    low: float
-    high: float
-
-    @property
-    def kinds(self) -> dict[str, bool]:
-        return {
-            "RAW": self.insert is not None,
-            "SOFTPLUS": self.softplus,
-            "LIMIT": (self.low, self.high) != (0.0, LARGEST),
-            "BIAS": self.bias is not None,
-            "WEIGHT": self.weight is not None,
-        }
-
-
-class Ends(NamedTuple):
-    """What segments add to a state (or, backwards, say of the one that enters them), and what they keep of
-    one: (rows, segments, H, P, N) and (rows, segments, H), fp32."""
-
-    added: Tensor
-    keeps: Tensor
-
-    @property
-    def kept(self) -> Tensor:
-        """What all of them keep, (rows, H)."""
-        return self.keeps.prod(1)
-
-
-class Launches:
-    """Shapes, strides and schedule of one call, and its launches."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        B: Tensor,
-        C: Tensor,
-        documents: Tensor | None,
-        cu_seqlens: Tensor | None,
-        segments: int,
-    ) -> None:
-        self.x, self.B, self.C, self.documents = x, B, C, documents
-        self.batch, self.length, self.heads, self.headdim = x.shape
-        self.groups, self.d_state = B.shape[2:]
-        self.shape = (self.headdim, self.d_state, x.element_size())
-        self.rows = self.batch if cu_seqlens is None else len(cu_seqlens) - 1
-        self.plan = self._plan(segments, packed=cu_seqlens is not None)
-        self.packing = None
-        if cu_seqlens is not None:
-            self.packing = Packing.of(cu_seqlens, self.length, self.plan.chunk)
-        self.chunks = (
-            triton.cdiv(self.length, self.plan.chunk) if cu_seqlens is None else self.plan.slab_chunks
-        )
-        self.block_p = tile(self.headdim, x.element_size())
-        self.block_n = tile(self.d_state, x.element_size())
-        self.even = self.headdim == self.block_p and self.d_state == self.block_n
-
-    def _plan(self, segments: int, packed: bool) -> Schedule:
-        if packed:
-            return packed_schedule(self.length, self.rows, *self.shape)
-        return schedule(self.rows, self.length, self.heads, *self.shape, processors(self.x.device), segments)
-
-    @property
-    def held_shape(self) -> tuple[int, int]:
-        """A state as the backward pass keeps it."""
-        return self.d_state, self.headdim
-
-    @property
-    def cu_seqlens(self) -> Tensor | None:
-        return None if self.packing is None else self.packing.cu_seqlens
-
-    def slots(self, chunks: int) -> int:
-        """Chunks in a buffer of `chunks` chunks of every row."""
-        return self.rows * chunks if self.packing is None else self.packing.slots.shape[1]
-
-    def state(self, count: int | None = None) -> Tensor:
-        """Room for fp32 states: (rows, H, P, N), or (rows, count, H, P, N)."""
-        shape = (self.rows, self.heads, self.headdim, self.d_state)
-        return self.x.new_empty(
-            shape if count is None else (self.rows, count, *shape[1:]), dtype=torch.float32
-        )
-
-    def pick(self, kernel: str, configs: tuple[Config, ...]) -> dict[str, Any]:
-        """Launch settings."""
-        shape = {"P": self.headdim, "N": self.d_state, "G": self.groups, "dtype": str(self.x.dtype)[6:]}
-        return pick(kernel, configs, heads=self.rows * self.heads, T=bucket(self.length), **shape).settings()
-
-    def decay_sums(self, decay: Decay) -> tuple[Tensor, Tensor]:
-        sums = self.x.new_empty(self.batch, self.heads, self.length, dtype=torch.float32)
-        inserts = torch.empty_like(sums)
-        d, n_slots = decay, self.slots(self.chunks)
-        raw = d.insert if d.insert is not None else d.dt
-        decay_sums_kernel[(n_slots * triton.cdiv(self.heads, HEADS_PER_BLOCK),)](
-            d.dt, d.bias, d.rate, d.log_alpha, d.weight, d.insert, self._slot_table, sums, inserts,
-            *d.dt.stride(), *raw.stride(), d.low, d.high, self.length, self.chunks, n_slots, self.heads,
-            Q=self.plan.chunk, BLOCK_H=HEADS_PER_BLOCK, ALPHA=d.log_alpha is not None, **d.kinds,
-            VARLEN=self.packing is not None,
-        )  # fmt: skip
-        return sums, inserts
-
-    def decay_sums_backward(
-        self,
-        decay: Decay,
-        dsums: Tensor,
-        dinserts: Tensor,
-        more: Tensor | None = None,
-        ddt: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """ddt, dinsert (empty unless it was given) and the gradients of the per-head numbers (4, H).
-
-        more (B, H, T): gradients of log decays beside those of their sums. ddt: where to write it.
-        """
-        d, n_slots = decay, self.slots(self.chunks)
-        shape = (self.batch, self.length, self.heads)
-        raw = d.insert is not None
-        ddt = d.dt.new_empty(shape) if ddt is None else ddt
-        dinsert = d.dt.new_empty(shape if raw else (0,), dtype=torch.float32)
-        partial = self.x.new_empty(
-            (0, 4, self.heads) if raw else (n_slots, 4, self.heads), dtype=torch.float32
-        )
-        decay_sums_backward_kernel[(n_slots * triton.cdiv(self.heads, HEADS_PER_BLOCK),)](
-            d.dt, d.bias, d.rate, d.weight, self._slot_table, dsums, dinserts, more, ddt, dinsert, partial,
-            *d.dt.stride(), *ddt.stride()[:2], d.low, d.high, self.length, self.chunks, n_slots, self.heads,
-            Q=self.plan.chunk, BLOCK_H=HEADS_PER_BLOCK, **d.kinds, VARLEN=self.packing is not None,
-        )  # fmt: skip
-        return ddt, dinsert, partial.sum(0)
+class Launches(Segments):
+    """The launches of one call."""
 
     def forward(
         self,
@@ -212,67 +64,6 @@ class Launches:
             borders[:, 0] = 0.0 if initial is None else initial
         return y, final, borders
 
-    def segment_states(
-        self,
-        u: Tensor,
-        V: Tensor,
-        sums: Tensor,
-        inserts: Tensor,
-        start: Tensor | None,
-        backwards: bool,
-        ends: Ends | None = None,
-    ) -> Tensor:
-        """The state that enters each segment, or R at its end: (rows, segments, H, P, N).
-
-        ends: `all_ends` of u and V, if they are there already; used up.
-        """
-        if ends is None:
-            ends = self._room_for_ends()
-            if self.plan.segments > 1:  # the last one's in this direction nobody asks for
-                segments = (1 if backwards else 0, self.plan.segments - 1)
-                self.segment_ends(u, V, sums, inserts, ends, segments, backwards)
-        self._merge(ends, start, None, backwards)
-        return ends.added
-
-    def all_ends(self, u: Tensor, V: Tensor, sums: Tensor, inserts: Tensor, backwards: bool) -> Ends:
-        """Of every segment; of rows that are not packed."""
-        ends = self._room_for_ends()
-        self.segment_ends(u, V, sums, inserts, ends, (0, self.plan.segments), backwards)
-        return ends
-
-    def sum_of(self, ends: Ends, backwards: bool) -> Tensor:
-        """What all segments together add to a state, (rows, H, P, N)."""
-        total = self.state()
-        self._merge(ends, None, total, backwards)
-        return total
-
-    def _room_for_ends(self) -> Ends:
-        added = self.state(self.plan.segments)
-        return Ends(added, added.new_empty(added.shape[:3]))
-
-    def _merge(self, ends: Ends, start: Tensor | None, total: Tensor | None, backwards: bool) -> None:
-        size = self.headdim * self.d_state
-        merge_kernel[(self.rows * self.heads * triton.cdiv(size, MERGE_BLOCK),)](
-            *ends, start, total, self.plan.segments, self.heads, size, BLOCK=MERGE_BLOCK,
-            BACKWARDS=backwards, INITIAL=start is not None, TOTAL=total is not None, num_warps=1,
-        )  # fmt: skip
-
-    def segment_ends(
-        self,
-        u: Tensor,
-        V: Tensor,
-        sums: Tensor,
-        inserts: Tensor,
-        ends: Ends,
-        segments: tuple[int, int],
-        backwards: bool,
-    ) -> None:
-        """Fill ends. segments: the first, and how many."""
-        self.states(
-            u, V, sums, inserts, backwards=backwards, first=0, chunks=self.chunks, segments=segments,
-            ends=ends.added, keeps=ends.keeps,
-        )  # fmt: skip
-
     def slab_states(
         self,
         sums: Tensor,
@@ -297,40 +88,6 @@ class Launches:
         self.states(
             dy, self.C, sums, inserts, backwards=True, borders=ends, states=dstates, ends=dinitial, **span
         )
-
-    def states(
-        self,
-        u: Tensor,
-        V: Tensor,
-        sums: Tensor,
-        inserts: Tensor,
-        *,
-        backwards: bool,
-        first: int,
-        chunks: int,
-        segments: tuple[int, int],
-        borders: Tensor | None = None,
-        states: Tensor | None = None,
-        ends: Tensor | None = None,
-        keeps: Tensor | None = None,
-    ) -> None:
-        """Launch `states_kernel`. segments: the first, and how many; 5-dimensional borders are by segment."""
-        packing = self.packing
-        first_segment, count = segments
-        settings = self.pick("states", states_configs(*self.shape))
-        blocks = triton.cdiv(self.d_state, settings["BLOCK_N"])
-        states_kernel[(self.rows * count * self.heads * blocks,)](
-            u, V, sums, inserts, self.documents, self.cu_seqlens,
-            None if packing is None else packing.first_slot, borders, states, ends, keeps,
-            *u.stride()[:3], *V.stride()[:3],
-            self.length, first, chunks, count, first_segment, self.plan.segment_chunks, self.plan.segments,
-            self.heads, self.headdim, self.d_state, self.heads // self.groups,
-            Q=self.plan.chunk, BLOCK_P=self.block_p, BACKWARDS=backwards,
-            DOCUMENTS=self.documents is not None,
-            BORDERS=0 if borders is None else 1 if borders.dim() == 5 else 2, STORE=states is not None,
-            ENDS=0 if ends is None else 1 if ends.dim() == 5 else 2, VARLEN=packing is not None,
-            EVEN=self.even, **settings,
-        )  # fmt: skip
 
     def backward(
         self,
@@ -437,7 +194,3 @@ class Launches:
                 *u.stride()[:3], *V.stride()[:3], *out.stride()[:2],
                 self.length, first, chunks, slots, *sizes, OF_C=out is dC, **options, **settings,
             )  # fmt: skip
-
-    @property
-    def _slot_table(self) -> Tensor | None:
-        return None if self.packing is None else self.packing.slots

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from kernels.ssd.core import Tokens
 from kernels.ssd.mitigation import Mitigation
+from kernels.ssd.triton_call import Decay
 from kernels.ssd.triton_clip import clipped_scan
-from kernels.ssd.triton_launch import Decay
 from kernels.ssd.triton_scan import given_decay
 from kernels.ssd.triton_window import windowed_scan
 from kernels.ssd.window import State, Window

@@ -6,7 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.ssd.triton_launch import LARGEST, Decay, Launches
+from kernels.ssd.triton_call import LARGEST, Decay
+from kernels.ssd.triton_launch import Launches
 from kernels.ssd.triton_schedule import LARGEST_STATE, is_hopper
 from kernels.triton_support import on_device
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ssd.triton_launch import Decay
+from kernels.ssd.triton_call import Decay
 from kernels.ssd.triton_reach import scaled_ahead, window_decays, window_decays_backward
 from kernels.ssd.triton_scan import in_reach, like, numbers_of, of_numbers, on_hopper
 from kernels.triton_support import on_device
