@@ -98,7 +98,8 @@ def states_between(
 
     def merged() -> tuple[Tensor, Tensor, Tensor]:
         pieces = everyone()
-        keeps, adds = pieces[..., 0], pieces[..., 1:].unflatten(3, added.shape[2:])
+        # what is kept for the backward pass must not keep all that was gathered
+        keeps, adds = pieces[..., 0].clone(), pieces[..., 1:].unflatten(3, added.shape[2:])
         entering = final = adds[0]
         for rank in range(1, context.size):
             entering = final if rank == context.rank else entering
