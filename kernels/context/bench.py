@@ -91,8 +91,8 @@ class Layer:
 
 
 def efficiency(layer: Layer, size: int, tokens: int, network: Network) -> float:
-    """Of `size` ranks with `tokens` each, against one rank alone with as many. The sums S and R cost nothing
-    more: where rows are few, one device makes them too, of its own segments."""
+    """Of `size` ranks with `tokens` each, against one rank alone with as many. The sums S and R are not
+    counted: where rows are few, one device makes them too, of all its own segments but one."""
     work = layer.step_seconds(tokens)
     return work / (work + layer.waiting_seconds(size, network))
 

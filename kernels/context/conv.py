@@ -43,9 +43,8 @@ def handed_on(x: Tensor, document_starts: Tensor | None, lags: int) -> Tensor:
     tail = x[:, x.shape[1] - lags :]
     if document_starts is None:
         return tail
-    # how many documents begin after a token: those of another document than the last are not handed on
-    begun = document_starts[:, -lags:].flip(1).cumsum(1).flip(1) - document_starts[:, -lags:].long()
-    return tail * (begun == 0)[..., None].to(x.dtype)
+    documents = document_starts[:, -lags:].cumsum(1)
+    return tail * (documents == documents[:, -1:])[..., None]
 
 
 class _Halo(torch.autograd.Function):
@@ -59,7 +58,7 @@ class _Halo(torch.autograd.Function):
         ctx.context = context
         received = context.shift(tail, 1)
         if context.rank == 0:
-            return initial.clone(), received.clone()
+            return initial.clone(), received
         return received, torch.zeros_like(received)
 
     @staticmethod

@@ -60,9 +60,9 @@ class Ranks:
         return wait
 
     def shift(self, own: Tensor, by: int) -> Tensor:
-        """The tensor of the rank `by` places before this one, the ranks standing in a ring."""
+        """The tensor of the rank `by` places before this one, the ranks standing in a ring; never a view."""
         if self.size == 1:
-            return own
+            return own.clone()
         own, received = own.contiguous(), torch.empty_like(own, memory_format=torch.contiguous_format)
         after, before = ((self.rank + step) % self.size for step in (by, -by))
         self.bytes_sent += own.nbytes

@@ -53,14 +53,14 @@ class _Mixer(torch.autograd.Function):
         def enter(kept: Tensor, added: Tensor) -> Tensor | None:
             entering, *others = states_between(context, kept, added, initial)()
             seen.extend(others)
-            return initial if first else entering.contiguous()
+            return initial if first else entering
 
         out, _, _, *kept = launch_forward(zxbcdt, weights, before, None, starts, options, enter)
         final, keeps = seen
         ctx.context, ctx.options = context, options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(zxbcdt, *given, before, starts, keeps, *kept)
-        return out, tail, final.contiguous()
+        return out, tail, final
 
     @staticmethod
     @once_differentiable
@@ -89,8 +89,7 @@ class _Mixer(torch.autograd.Function):
         own = dbefore
         if context.rank == 0:
             own = zxbcdt.new_zeros(len(zxbcdt), lags, dxBC.shape[2]) if dtail is None else dtail
-        dtail = handed_on(context.shift(own, -1), None if starts is None else starts[:, -lags:], lags)
-        dxBC[:, dxBC.shape[1] - lags :] += dtail
+        dxBC[:, dxBC.shape[1] - lags :] += handed_on(context.shift(own, -1), starts, lags)
         numbers = (weights.rate, weights.log_alpha, weights.weight, weights.dt_bias)
         return (
             None, None, None, dbefore if ctx.has_before else None, dinitial if ctx.has_initial else None,

@@ -98,9 +98,9 @@ def states_between(
 
     def merged() -> tuple[Tensor, Tensor, Tensor]:
         pieces = everyone()
-        # what is kept for the backward pass must not keep all that was gathered
+        # copies: a view that is kept for the backward pass would keep every rank's state
         keeps, adds = pieces[..., 0].clone(), pieces[..., 1:].unflatten(3, added.shape[2:])
-        entering = final = adds[0]
+        entering = final = adds[0].contiguous()
         for rank in range(1, context.size):
             entering = final if rank == context.rank else entering
             final = torch.addcmul(adds[rank], keeps[rank][..., None, None], final)

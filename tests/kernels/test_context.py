@@ -170,6 +170,14 @@ def check_all(size: int, overlap: bool) -> None:
     check_refusals(context)
 
 
+def assert_saves_no_more(output: Tensor) -> None:
+    """What the node behind `output` keeps for its gradient is not a view into something larger."""
+    assert output.grad_fn is not None
+    saved: Any = output.grad_fn
+    for t in saved.saved_tensors:
+        assert t is None or t.untyped_storage().nbytes() == t.nbytes
+
+
 def layer_bytes(context: Context, length: int) -> int:
     """What a rank sends for one layer, forward and backward, of pieces of `length` tokens."""
     before = context.bytes_sent
@@ -178,6 +186,7 @@ def layer_bytes(context: Context, length: int) -> int:
     x = torch.randn(BATCH, length, channels, requires_grad=True)
     y, _ = context.causal_conv1d(x, torch.randn(channels, WIDTH), None)
     z, _ = context.ssd_scan(**leaves, initial_state=state, dt_softplus=True)
+    assert_saves_no_more(z)
     (y.sum() + z.sum()).backward()
     return context.bytes_sent - before
 

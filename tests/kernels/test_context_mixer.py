@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,13 +10,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.context import Context
-from kernels.mixer import fused_mixer
+from kernels.mixer import fused_mixer, launch
 from kernels.ssd import Mitigation
+from kernels.ssd.triton_launch import Launches
+from kernels.ssd.triton_scan import launches
 from tests.conftest import assert_close
-from tests.kernels.test_context import compare, document_starts, fresh, gradients, mine, whole
+from tests.kernels.test_context import (
+    assert_saves_no_more,
+    compare,
+    document_starts,
+    fresh,
+    gradients,
+    mine,
+    whole,
+)
 from tests.lightning_modules.launcher import call_on_ranks
 
-BATCH, HEADS, HEADDIM, GROUPS, D_STATE, WIDTH, D_MODEL = 2, 2, 16, 1, 16, 4, 8
+BATCH, HEADS, HEADDIM, GROUPS, D_STATE, WIDTH, D_MODEL = 2, 2, 16, 2, 16, 4, 8
 D_INNER, OF_STATE = HEADS * HEADDIM, GROUPS * D_STATE
 CHANNELS = D_INNER + 2 * OF_STATE
 OPTIONS: dict[str, Any] = {
@@ -33,7 +44,7 @@ def leaves_of(length: int) -> Leaves:
         "conv_weight": torch.randn(CHANNELS, WIDTH) / 2,
         "conv_bias": torch.randn(CHANNELS) / 2,
         "dt_bias": torch.randn(HEADS),
-        "A": -torch.rand(HEADS) - 0.1,
+        "A": -(torch.rand(HEADS) + 0.1) * 10 / length,  # a long piece does not forget all either
         "D": torch.randn(HEADS),
         "norm_weight": torch.randn(D_INNER),
         "out_weight": torch.randn(D_MODEL, D_INNER) / D_INNER**0.5,
@@ -87,32 +98,40 @@ def check_all() -> None:
     for documents in ("none", "anywhere", "borders"):
         check(context, 10, documents, 1, FORGET, states=True)
     check(context, 6, "none", 1, Mitigation(), states=False)  # the shortest pieces
-    check(context, 140, "anywhere", 1, Mitigation(), states=True)  # more than a chunk
+    with mock.patch.object(launch, "launches", side_by_side):
+        check(context, 140, "none", 1, Mitigation(), states=True)
     check_bytes(context)
+    check_alone(Context(dist.new_subgroups(1)[0]))
     with pytest.raises(ValueError, match="at least d_conv - 1 = 3"):
         check(context, 4, "none", 1, Mitigation(), states=False)
 
 
+def side_by_side(*given: Any) -> Launches:
+    """As where rows are few and long: the two chunks of a piece are segments, and merged twice."""
+    call = launches(*given[:-1], 2)
+    assert call.plan.parallel
+    assert call.plan.segments == 2
+    return call
+
+
 def check_bytes(context: Context) -> None:
-    """As much as the operators one by one send, whatever the length: kernels/context/README.md. What was
-    gathered is not kept."""
+    """As much as the operators one by one send, whatever the length: kernels/context/README.md."""
     state = BATCH * HEADS * HEADDIM * D_STATE
     expected = 4 * (2 * state + BATCH * HEADS + 2 * BATCH * CHANNELS * (WIDTH - 1))
     for length in (8, 80):
         before, own, mixer = context.bytes_sent, fresh(leaves_of(length)), context.mixer
         assert mixer is not None
-        kept: list[Tensor] = []
-
-        def keep(t: Tensor, kept: list[Tensor] = kept) -> Tensor:
-            kept.append(t)
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            out, *_ = mixer(**own, mitigation=Mitigation(), **OPTIONS)
-        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-        assert sum(held.values()) <= sum({t.data_ptr(): t.nbytes for t in kept}.values())
+        out, _, _ = mixer(**own, mitigation=Mitigation(), **OPTIONS)
+        assert_saves_no_more(out)
         out.sum().backward()
         assert context.bytes_sent - before == expected
+
+
+def check_alone(context: Context) -> None:
+    """A state that is handed on does not keep the tokens, of one rank neither."""
+    assert context.mixer is not None
+    for t in context.mixer(**leaves_of(8), mitigation=Mitigation(), **OPTIONS)[1:]:
+        assert t.untyped_storage().nbytes() == t.nbytes
 
 
 @pytest.mark.parametrize("size", [2, 4])
