@@ -62,7 +62,7 @@ def fused_mixer(
         ValueError: for arguments that do not fit, naming them; x, B, C and dt are columns of zxbcdt.
     """
     from kernels.conv.triton_conv import MAX_WIDTH
-    from kernels.mixer.launch import Options, Weights  # these import triton
+    from kernels.mixer.launch import Options, Weights, of_heads, slices  # these import triton
     from kernels.mixer.triton_mixer import triton_mixer
     from kernels.ssd.triton_scan import check_state, raw_decay
 
@@ -78,15 +78,9 @@ def fused_mixer(
         raise ValueError(f"mitigation={mitigation}: not one that the scan's kernels multiply in")
     if not 2 <= d_conv <= MAX_WIDTH:
         raise ValueError(f"conv_weight has width {d_conv}: the Triton kernels take 2 to {MAX_WIDTH}")
-    x, B, C, dt = zxbcdt.detach()[..., d_inner:].split([d_inner, *[n_groups * d_state] * 2, heads], dim=2)
-    of_scan: dict[str, Any] = {
-        "x": x.unflatten(2, (heads, headdim)),
-        "dt": dt,
-        "A": A,
-        "D": D,
-        "dt_bias": dt_bias,
-    }
-    of_scan |= {"B": B.unflatten(2, (n_groups, d_state)), "C": C.unflatten(2, (n_groups, d_state))}
+    _, xBC, dt = slices(zxbcdt.detach(), conv_dim, heads)
+    x, B, C = of_heads(xBC, headdim, n_groups, heads)
+    of_scan: dict[str, Any] = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias}
     of_scan |= {"initial_state": initial_state, "document_starts": document_starts}
     check_arguments(named_tensors(of_scan, mitigation), mitigation, dt_limit, None, 64, "triton")
     require_shape("conv_bias", conv_bias, ((conv_dim,),))
